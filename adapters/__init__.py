@@ -1,0 +1,1 @@
+"""The methods, by the door they use into a model."""

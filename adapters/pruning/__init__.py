@@ -1,0 +1,1 @@
+"""Visual-token pruning before the language model."""

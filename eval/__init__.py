@@ -1,0 +1,1 @@
+"""Evaluation: accuracy against FLOPs, latency and memory."""

@@ -1,0 +1,1 @@
+"""Reports from result files: table, Pareto picture, one self-contained page."""

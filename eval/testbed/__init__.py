@@ -1,0 +1,1 @@
+"""The testbed: generated scenes and two small VLMs trained on them."""

@@ -1,0 +1,350 @@
+"""Time and memory of one prompt: time to first token, prefill, decode, peak bytes.
+
+How times are taken, so that two numbers of the same process may be compared:
+
+* **Clock.** On a CPU with one thread: process time (`time.process_time`), which stands still while another program
+  has the core; on a quiet machine it equals wall time. With more threads process time adds the threads up, and on an
+  accelerator it does not see the device, so both take wall time (`time.perf_counter`). `Clock.name` says which.
+* **Device.** An accelerator is synchronised before every reading.
+* **Warm-up.** Every variant runs before the first reading (lazy initialisation, hooks that transformers installs on
+  the first call, autotuning).
+* **Drift.** What is compared runs in turns, A B B A A B ..., never first all A and then all B, so that a machine
+  that slows down slows both; ratios are formed within a round and their median is reported with its quartiles.
+
+Peak memory is on CUDA the allocator's high-water mark (`max_memory_allocated`), elsewhere an exact count of the bytes
+of all live tensors made by torch operations (`LiveBytes`), not the resident set of the process, which keeps what was
+freed and depends on the machine. The count misses scratch memory inside a kernel.
+"""
+
+import inspect
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+T = TypeVar("T")
+MB = 1e6  # bytes in the megabyte of all reports (decimal)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median of repeated readings with the quartiles as `low` and `high`."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Summarise readings; one reading is its own median and quartiles; none raises ValueError."""
+        if not values:
+            raise ValueError("no readings to summarise: repeats must be at least 1")
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A clock that suits a device and a number of threads; readings in seconds."""
+
+    name: str
+    device: torch.device
+    counter: Callable[[], float]
+
+    @classmethod
+    def of(cls, device: torch.device | str, threads: int = 1) -> "Clock":
+        """Process time on a CPU with one thread, else wall time (see the module's docstring)."""
+        device = torch.device(device)
+        if device.type == "cpu" and threads == 1:
+            return cls("process time", device, time.process_time)
+        return cls("wall time", device, time.perf_counter)
+
+    def read(self) -> float:
+        """Wait for the device, then read."""
+        synchronize(self.device)
+        return self.counter()
+
+    def milliseconds(self, work: Callable[[], object]) -> float:
+        """Run `work` once, without gradients, and return its milliseconds."""
+        with torch.no_grad():
+            start = self.read()
+            result = work()  # kept until the clock is read: freeing the result is not part of the work
+            end = self.read()
+        del result
+        return 1000 * (end - start)
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has done everything asked of it; a CPU always has."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()
+
+
+@contextmanager
+def use_threads(threads: int) -> Iterator[None]:
+    """Let torch use this many CPU threads inside the block; the former number returns after it."""
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ValueError(f"threads must be a positive integer, got {threads!r}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def interleave(variants: Mapping[str, Callable[[], T]], *, repeats: int = 10, warmup: int = 1) -> dict[str, list[T]]:
+    """Call every variant `repeats` times in turns and collect what each returns; `warmup` rounds are thrown away.
+
+    The order turns around every round (A B, B A, A B, ...): a steady drift of the machine cancels, and no variant
+    always runs behind the same one. Entry i of every list comes from the same round, so entries i may be compared.
+    """
+    check_repeats(repeats, warmup)
+    results: dict[str, list[T]] = {name: [] for name in variants}
+    names = list(variants)
+    for i in range(-warmup, repeats):
+        for name in names if i % 2 == 0 else reversed(names):
+            result = variants[name]()
+            if i >= 0:
+                results[name].append(result)
+    return results
+
+
+def check_repeats(repeats: int, warmup: int) -> None:
+    """Raise ValueError unless repeats >= 1 and warmup >= 0."""
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if warmup < 0:
+        raise ValueError(f"warmup must not be negative, got {warmup}")
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> Spread:
+    """Spread of above[i] / below[i]: readings of the same round are paired."""
+    if len(above) != len(below):
+        raise ValueError(f"paired readings must be equally many, got {len(above)} and {len(below)}")
+    return Spread.of([a / b for a, b in zip(above, below)])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of tensors made inside the block and still alive; `peak` is the most there were at once.
+
+    Exact for everything that torch operations return, on any device; storage that existed before the block does not
+    count. A kernel's own scratch memory is invisible.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and _storage_key(leaf) not in self._known | before:
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+
+def _storage_key(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device | str) -> int:
+    """Most bytes that `work`, run once without gradients, held at a time above what was held before it."""
+    device = torch.device(device)
+    with torch.no_grad():
+        if device.type == "cuda":
+            synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            work()
+            synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        with LiveBytes() as count:
+            work()
+        return count.peak
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers, tied ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class _Stamps(StoppingCriteria):
+    """Notes the time after every generated token and never stops."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.times.append(self.clock.read())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One timed greedy `generate`: milliseconds to the first token and per later step of the whole batch."""
+
+    ttft_ms: float
+    decode_ms_per_token: float | None  # None if only one token was generated
+
+
+def generation(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, clock: Clock) -> Generation:
+    """Time a greedy `generate` of exactly `new_tokens` tokens as the user would call it.
+
+    The first token's time contains everything: vision tower, selection, prefill, head. `inputs`: as the processor
+    gives them, on the model's device.
+    """
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
+    stamps = _Stamps(clock)
+    with torch.no_grad():
+        start = clock.read()
+        model.generate(  # type: ignore[operator]
+            **inputs,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([stamps]),
+        )
+    steps = len(stamps.times) - 1
+    decode = (stamps.times[-1] - stamps.times[0]) / steps if steps else None
+    return Generation(1000 * (stamps.times[0] - start), None if decode is None else 1000 * decode)
+
+
+def image_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a processor's output that the model's `get_image_features` takes; empty without an image."""
+    if inputs.get("pixel_values") is None:
+        return {}
+    parameters = inspect.signature(_base(model).get_image_features).parameters
+    named = {name: value for name, value in inputs.items() if name in parameters and value is not None}
+    return {name: value for name, value in named.items() if name.startswith(("pixel_values", "image_"))}
+
+
+def _base(model: nn.Module) -> Any:
+    """The model below the head, also of a PEFT-wrapped model."""
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return inner.base_model
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Timings of one prompt batch on one model, patched or not. A part that does not occur is None.
+
+    ttft_ms              `generate` until its first token: tower, projector, selection, prefill, head
+    vision_ms            tower and projector alone (with the score statistics where a method takes them)
+    prefill_ms           the rest of the first forward, from encoded images to the logits of the last position
+    decode_ms_per_token  each further step of `generate`, whole batch
+    peak_memory_mb       weights plus the most that one `generate` held (decimal MB; see `memory`)
+    """
+
+    ttft_ms: Spread
+    vision_ms: Spread | None
+    prefill_ms: Spread
+    decode_ms_per_token: Spread | None
+    peak_memory_mb: float | None
+    memory: str
+    clock: str
+    device: str
+    threads: int
+    repeats: int
+    new_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain dicts and numbers, for JSON."""
+        return asdict(self)
+
+
+def measure(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    new_tokens: int = 8,
+    repeats: int = 5,
+    warmup: int = 1,
+    threads: int = 1,
+    memory: bool = True,
+) -> Latency:
+    """Time one prompt batch on the model as it stands (patched or not).
+
+    `inputs`: as the processor gives them, on the model's device. With `pixel_values` the tower is part of the first
+    token's time; with `mm_encoder_outputs` instead it is not, and `vision_ms` is None. `new_tokens`: tokens per
+    timed `generate` (1: no decode time). `repeats`: readings of each part, taken in turns. `memory=False` leaves out
+    the extra run that finds the peak.
+    """
+    check_repeats(repeats, warmup)
+    device = next(model.parameters()).device
+    clock = Clock.of(device, threads)
+    images = image_inputs(model, inputs)
+    text = {name: value for name, value in inputs.items() if name not in images or name == "image_grid_thw"}
+
+    def encode() -> Any:
+        return _base(model).get_image_features(**images, return_dict=True)
+
+    def prefill() -> float:
+        encoded: dict[str, Any] = {}
+        if images:
+            with torch.no_grad():
+                encoded = {"mm_encoder_outputs": {"image": encode()}}
+        return clock.milliseconds(lambda: model(**text, **encoded, use_cache=True, logits_to_keep=1))
+
+    variants: dict[str, Callable[[], Any]] = {
+        "generate": lambda: generation(model, inputs, new_tokens, clock),
+        "prefill": prefill,
+    }
+    if images:
+        variants["vision"] = lambda: clock.milliseconds(encode)
+    with use_threads(threads):
+        readings = interleave(variants, repeats=repeats, warmup=warmup)
+        peak = _peak_mb(model, inputs, new_tokens, clock) if memory else None
+    decode = [g.decode_ms_per_token for g in readings["generate"] if g.decode_ms_per_token is not None]
+    return Latency(
+        ttft_ms=Spread.of([g.ttft_ms for g in readings["generate"]]),
+        vision_ms=Spread.of(readings["vision"]) if images else None,
+        prefill_ms=Spread.of(readings["prefill"]),
+        decode_ms_per_token=Spread.of(decode) if decode else None,
+        peak_memory_mb=peak,
+        memory="CUDA allocator" if device.type == "cuda" else "live tensors",
+        clock=clock.name,
+        device=str(device),
+        threads=threads,
+        repeats=repeats,
+        new_tokens=new_tokens,
+    )
+
+
+def _peak_mb(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, clock: Clock) -> float:
+    """Weights plus the most bytes one `generate` held, in MB."""
+    return (weight_bytes(model) + peak_bytes(lambda: generation(model, inputs, new_tokens, clock), clock.device)) / MB

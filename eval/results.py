@@ -1,0 +1,245 @@
+"""Results on disk: one JSON per run, its raw answers beside it as JSON lines, and the way back.
+
+A run is one model under one spec on a fixed set of tasks. While it runs, answers are appended to `MODEL--SPEC.jsonl`,
+a batch at a time; when it is finished, `MODEL--SPEC.json` is written atomically and the run counts as complete. Every
+file carries the identity of its run (hashes of model and tasks, limit, seed, ...), so that nothing is ever reused
+for a run it was not made by.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+IDENTITY = ("schema", "model_hash", "spec", "limit", "seed", "batch", "device", "dtype", "tasks")
+WAY_OUT = "choose another folder with --out, or delete the file to run it again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A value with its 95 % interval, and its paired difference from the unpatched run (None for that run itself)."""
+
+    value: float
+    low: float
+    high: float
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """One task of a run: `hash` of its prompts, answers and images; `n` questions on `images` images."""
+
+    hash: str
+    n: int
+    images: int
+    headline: str
+    metrics: dict[str, Metric]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One finished run, as it is stored; `cost`, `latency`, `environment` and `samples` are plain JSON values."""
+
+    model: str
+    model_hash: str
+    spec: str
+    method: str
+    keep: float | int | None
+    limit: int | None
+    seed: int
+    batch: int
+    device: str
+    dtype: str
+    tasks: dict[str, TaskResult]
+    macro: Metric
+    cost: dict[str, Any]
+    latency: dict[str, Any]
+    environment: dict[str, Any]
+    command: str
+    started: str
+    seconds: float
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    schema: int = SCHEMA
+    complete: bool = True
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for this result to stand for a run."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in IDENTITY if name != "tasks"}
+        return values | {"tasks": {name: task.hash for name, task in self.tasks.items()}}
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as nested dicts, lists, strings and numbers."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Result":
+        """The inverse of `to_json`; ValueError names what is missing or unknown."""
+        if not isinstance(data, dict):
+            raise ValueError("it holds no JSON object")
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"its schema is {data.get('schema')!r}, this version of vlmfast reads schema {SCHEMA}")
+        if data.get("complete") is not True:
+            raise ValueError("it is not marked complete")
+        try:
+            tasks = {
+                name: TaskResult(**task | {"metrics": {key: Metric(**m) for key, m in task["metrics"].items()}})
+                for name, task in data["tasks"].items()
+            }
+            return cls(**data | {"tasks": tasks, "macro": Metric(**data["macro"])})
+        except KeyError as error:
+            raise ValueError(f"the field {error} is missing") from None
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"its fields do not fit the schema ({error})") from None
+
+
+def run_name(model: str, spec: str) -> str:
+    """The file name of a run without its ending: `MODEL--SPEC`, with characters that every file system takes."""
+    name = "--".join(re.sub(r"[^A-Za-z0-9._=,+-]+", "-", part).strip("-.") for part in (model, spec))
+    if len(name) <= 200:
+        return name
+    return f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that `path` is at every moment either as before or complete, on the disk as well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """In words, each field in which two identities differ."""
+    words = []
+    for name in IDENTITY:
+        old, new = found.get(name), wanted.get(name)
+        if old == new:
+            continue
+        if name == "tasks" and isinstance(old, dict) and isinstance(new, dict):
+            if old.keys() != new.keys():
+                words.append(f"tasks {', '.join(old) or 'none'} (now {', '.join(new) or 'none'})")
+            words += [f"other questions or images in task {t}" for t in old if t in new and old[t] != new[t]]
+        elif name == "model_hash":
+            words.append("other weights or configuration of the model")
+        else:
+            words.append(f"{name} {old} (now {new})")
+    return words
+
+
+def check_identity(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ValueError if the file at `path` was made by another run than the one wanted."""
+    words = differences(found, wanted)
+    if words:
+        raise ValueError(f"{path} was made with {'; '.join(words)}: {WAY_OUT}")
+
+
+def read_result(path: Path) -> Result:
+    """The result stored at `path`; ValueError names the file and what to do when it cannot be read as one."""
+    try:
+        return Result.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not a readable result: {error}. Delete it and run the evaluation again") from None
+
+
+def write_result(path: Path, result: Result) -> None:
+    """Store a finished run atomically."""
+    write_atomic(path, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+
+
+def load_results(folders: str | Path | Sequence[str | Path]) -> list[Result]:
+    """All finished runs of one or more folders, by model, the unpatched run first, then by method and falling keep.
+
+    Raises FileNotFoundError for a missing folder or one without a result, ValueError for a damaged file and for
+    two results of the same run.
+    """
+    folders = [folders] if isinstance(folders, str | Path) else folders
+    seen: dict[tuple[str, str], Path] = {}
+    results = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+        paths = sorted(path for path in folder.glob("*--*.json") if not path.name.startswith("."))
+        if not paths:
+            raise FileNotFoundError(f"{folder} holds no finished result of `vlmfast eval` (files MODEL--SPEC.json)")
+        for path in paths:
+            result = read_result(path)
+            other = seen.setdefault((result.model, result.spec), path)
+            if other != path:
+                raise ValueError(f"{other} and {path} are results of the same run: report them apart, or delete one")
+            results.append(result)
+    return sorted(results, key=order)
+
+
+def order(result: Result) -> tuple[Any, ...]:
+    """Sort key: model, unpatched first, method, keep falling (shares before numbers of tokens), spec."""
+    share = -float(result.keep) if isinstance(result.keep, float) else 0.0
+    count = -result.keep if isinstance(result.keep, int) else 0
+    return result.model, result.spec != "none", result.method, share, count, result.spec
+
+
+class Answers:
+    """The raw answers of one run on disk: a line with the run's identity, then one line a question.
+
+    `append` writes a batch at once and waits until it is on the disk. A process that dies in the middle leaves at
+    worst one torn last line, which `read` drops; any other damage is an error.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path, self.identity = path, identity
+
+    def read(self) -> list[dict[str, Any]]:
+        """The answers stored so far; ValueError if the file is damaged or was made by another run."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        lines.pop()  # empty after a whole last line, otherwise the torn one
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or ("run" if number == 1 else "id") not in record:
+                    raise ValueError
+            except ValueError:
+                message = f"{self.path} is damaged in line {number}: delete it and run the evaluation again"
+                raise ValueError(message) from None
+            records.append(record)
+        if records:
+            check_identity(self.path, records[0]["run"], self.identity)
+        return records[1:]
+
+    def start(self, records: Iterable[dict[str, Any]]) -> None:
+        """Begin the file anew, atomically, with these answers."""
+        lines = [{"run": self.identity}, *records]
+        write_atomic(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add the answers of a batch."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def ready_folder(path: Path) -> None:
+    """Make the folder for results and see that it can be written to; OSError says what stands in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "probe", "")
+        (path / "probe").unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write results to {path} ({error.strerror})") from None

@@ -1,0 +1,106 @@
+"""What the tasks share: the document, how documents are drawn from the testbed, and how short answers are read."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from vlmfast.eval.metrics import Totals, ratio
+from vlmfast.eval.testbed.questions import Question, questions
+from vlmfast.eval.testbed.scenes import TEST_SCENES, Scene, scene
+
+IMAGES = 60  # images a task takes when no limit is given
+
+
+@dataclass(frozen=True)
+class Doc:
+    """One question of a task about one image (the test scene `scene`; `number` counts the task's questions on it)."""
+
+    task: str
+    scene: int
+    number: int
+    prompt: str
+    answer: str
+    subtask: str = ""
+    info: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def id(self) -> str:
+        """Names the question in result files and error messages."""
+        return f"{self.task}/{self.scene}/{self.number}"
+
+
+class Task(Protocol):
+    """What a task file defines. `score` returns counts, `summarise` turns their sums [R] into metrics [R]."""
+
+    HEADLINE: str
+    NEW_TOKENS: int
+
+    def load(self, limit: int | None, seed: int) -> list[Doc]: ...  # noqa: D102
+    def prompt(self, doc: Doc) -> str: ...  # noqa: D102
+    def score(self, doc: Doc, answer: str) -> dict[str, float]: ...  # noqa: D102
+    def summarise(self, totals: Totals) -> dict[str, np.ndarray]: ...  # noqa: D102
+
+
+@functools.lru_cache(maxsize=TEST_SCENES)
+def scene_and_questions(index: int) -> tuple[Scene, tuple[Question, ...]]:
+    """A test scene and its questions; tasks share scenes."""
+    shown = scene("test", index)
+    return shown, tuple(questions(shown, "test", index))
+
+
+def image(doc: Doc) -> np.ndarray:
+    """The picture a document asks about, uint8 [H, W, 3]."""
+    return scene_and_questions(doc.scene)[0].image
+
+
+def documents(task: str, limit: int | None, seed: int, images: int = IMAGES) -> list[Doc]:
+    """All questions of a task on the first `limit` test scenes that have any, in the order that `seed` draws.
+
+    A smaller limit takes a part of what a larger one takes; None takes `images`. Beyond the test split there is
+    nothing to draw: a limit above it takes the whole split.
+    """
+    docs: list[Doc] = []
+    left = images if limit is None else limit
+    for index in np.random.default_rng(seed).permutation(TEST_SCENES).tolist():
+        asked = [q for q in scene_and_questions(index)[1] if q.task == task]
+        docs += [Doc(task, index, i, q.prompt, q.answer, q.subtask, q.info) for i, q in enumerate(asked)]
+        left -= bool(asked)
+        if left == 0:
+            break
+    return docs
+
+
+def words(answer: str) -> list[str]:
+    """The words and numbers of an answer, lower case, without punctuation."""
+    return re.findall(r"[a-z]+|\d+", answer.lower())
+
+
+def first(answer: str, known: Sequence[str]) -> str:
+    """The first of the `known` words (or phrases) in an answer, "" if there is none: "It is red." -> "red"."""
+    text = " " + " ".join(words(answer)) + " "
+    found = [(text.find(f" {word} "), word) for word in known if f" {word} " in text]
+    return min(found)[1] if found else ""
+
+
+def right(correct: bool) -> dict[str, float]:
+    """The counts of a question that is answered rightly or wrongly."""
+    return {"asked": 1, "right": float(correct)}
+
+
+def accuracy(totals: Totals) -> dict[str, np.ndarray]:
+    """The share of right answers, of counts made by `right`."""
+    return {"accuracy": ratio(totals["right"], totals["asked"])}
+
+
+def task_hash(task: Task, docs: Sequence[Doc]) -> str:
+    """Changes with any prompt, expected answer, image or answer length of the task."""
+    digest = hashlib.sha256(str(task.NEW_TOKENS).encode())
+    for doc in docs:
+        digest.update(repr((doc.id, task.prompt(doc), doc.answer, doc.subtask)).encode())
+        digest.update(hashlib.sha256(image(doc).tobytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,30 @@
+"""Colour: what colour is the (one) kind of thing asked about? Right if the first colour named is the right one."""
+
+import numpy as np
+
+from vlmfast.eval.metrics import Totals
+from vlmfast.eval.tasks.base import Doc, accuracy, documents, first, right
+from vlmfast.eval.testbed.scenes import COLOURS
+
+HEADLINE = "accuracy"
+NEW_TOKENS = 8
+
+
+def load(limit: int | None, seed: int) -> list[Doc]:
+    """The questions on the first `limit` images."""
+    return documents("colour", limit, seed)
+
+
+def prompt(doc: Doc) -> str:
+    """The question, as the model is asked it."""
+    return doc.prompt
+
+
+def score(doc: Doc, answer: str) -> dict[str, float]:
+    """Counts: asked, right."""
+    return right(first(answer, COLOURS) == doc.answer)
+
+
+def summarise(totals: Totals) -> dict[str, np.ndarray]:
+    """The accuracy."""
+    return accuracy(totals)

@@ -1,0 +1,365 @@
+"""Analytic cost of one prompt from a Hugging Face config alone: FLOPs and bytes of the key-value cache.
+
+A figure without its convention means nothing (published "TFLOPs" of the same run differ by a factor of 2.6), so:
+
+X2   2 x multiply-adds of every matrix product that really runs; grouped-query attention counted with its true key
+     and value width; attention as the full n x n product, also where it is causal (eager and SDPA on most devices
+     compute, or are counted as, the full square); element-wise work, norms, softmax and embeddings are not counted.
+     Equals `torch.utils.flop_counter.FlopCounterMode` on an eager model to the last unit (tests/test_cost.py; under
+     CPU SDPA that counter sees no attention at all). Everything in this module that does not say otherwise is X2.
+F2m  per layer 4 n d^2 + 2 n^2 d + 2 n d m: multiply-adds, feed-forward net counted with 2 matrices, GQA ignored
+     (FastV, arXiv:2403.06764, eq. 5; also DivPrune's script). Undercounts gated nets, which have 3.
+F3m  the same with 3 n d m (PyramidDrop, arXiv:2410.17247; SparseVLM, arXiv:2410.04417). X2 = 2 x F3m without GQA.
+
+d width, m feed-forward width, n tokens of a layer. F2m and F3m exist for the language model's prefill only, as in the
+papers; they leave out tower, projector, head and the selection itself, which X2 includes.
+
+The towers are counted as transformers runs them: its CLIP tower computes **all** layers even where the features are
+taken from an earlier one (`vision_feature_layer=-2`), and Qwen2.5-VL's window layers attend within the real windows of
+the image's grid, the smaller ones at its border included.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+
+from vlmfast.visual import Score
+
+CONVENTION = (
+    "X2: 2 x multiply-adds, GQA aware, full attention, head on the last position, tower and selection included"
+)
+CONVENTIONS = {
+    "X2": "2 x multiply-adds, GQA aware, gated feed-forward net, full n^2 attention",
+    "F2m": "multiply-adds, 2-matrix feed-forward net, GQA ignored (FastV eq. 5, DivPrune)",
+    "F3m": "multiply-adds, 3-matrix feed-forward net, GQA ignored (PyramidDrop, SparseVLM)",
+}
+NOMINAL_GRID = (1, 72, 72)  # patches (t, h, w) assumed for a model that takes any image size: 1008 x 1008 pixels of 14
+NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
+
+Grid = tuple[int, int, int]
+
+
+# Whether a statistic recomputes q k^T for all rows of the attention map or for one row only.
+SCORE_ROWS = {"cls_row": "one", "last_row": "one", "column_mean": "all"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """FLOPs (X2) and cache bytes of one prompt.
+
+    tower      vision tower with its patch embedding, all layers that run
+    projector  projector or patch merger
+    selection  attention statistics that a method takes in the tower
+    prefill    decoder layers over the prompt
+    head       output head on the prompt's last position
+    decode     all further generated tokens, decoder layers and head
+    kv_bytes   key-value cache after the prompt
+    """
+
+    tower: int
+    projector: int
+    selection: int
+    prefill: int
+    head: int
+    decode: int
+    kv_bytes: int
+
+    @property
+    def total_prefill(self) -> int:
+        """Everything until the first token: tower, projector, selection, prefill, head."""
+        return self.tower + self.projector + self.selection + self.prefill + self.head
+
+    @property
+    def total(self) -> int:
+        """Everything including the decoding."""
+        return self.total_prefill + self.decode
+
+
+@dataclass(frozen=True)
+class _Vision:
+    """One image on the vision side: cost, visual tokens, and the attention spans of every layer of the tower."""
+
+    tower: int
+    projector: int
+    tokens: int
+    width: int
+    spans: tuple[tuple[int, ...], ...]  # [layers][spans]: numbers of patches that attend to each other
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The sizes of a decoder: layers, d, width of all query heads, width of all key heads, m, vocabulary."""
+
+    layers: int
+    width: int
+    query: int
+    key: int
+    ff: int
+    vocabulary: int
+
+
+def prompt_cost(
+    config: Any,
+    *,
+    text: int,
+    images: Sequence[Grid] = (),
+    kept: Sequence[int] | None = None,
+    generated: int = 0,
+    scores: Sequence[Score] = (),
+    visual_per_layer: Sequence[int] | None = None,
+    kv_dtype: torch.dtype = torch.float16,
+) -> Cost:
+    """Cost of one prompt (batch of one, no padding) on a model with this config.
+
+    config            Hugging Face config of a supported family
+    text              tokens of the prompt that are not visual (the template's included)
+    images            patch grid (t, h, w) of every image **before** merging: for LLaVA (1, size / patch, size / patch)
+    kept              visual tokens kept of every image; None: all of them (the unpatched model)
+    generated         tokens to generate; the first one comes out of the prefill, the others are decode steps with a
+                      cache that grows by one each
+    scores            statistics taken in the tower (for every image)
+    visual_per_layer  visual tokens of the whole prompt in every decoder layer, where layers hold different numbers;
+                      None: sum(kept) in all of them
+    kv_dtype          number type of the cache
+
+    Raises NotImplementedError for an unknown family, ValueError for numbers that cannot be.
+    """
+    decoder = _text(config)
+    vision = [_vision(config, grid) for grid in images]
+    everything = [image.tokens for image in vision]
+    kept = everything if kept is None else list(kept)
+    if len(kept) != len(vision):
+        raise ValueError(f"kept must give one number per image: {len(vision)} images, {len(kept)} numbers")
+    for number, available in zip(kept, everything):
+        if not 0 <= number <= available:
+            raise ValueError(f"kept must lie between 0 and an image's {available} visual tokens, got {number}")
+    for name, value in (("text", text), ("generated", generated)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if visual_per_layer is None:
+        visual_per_layer = [sum(kept)] * decoder.layers
+    if len(visual_per_layer) != decoder.layers:
+        raise ValueError(
+            f"visual_per_layer must give one number for each of the {decoder.layers} decoder layers, "
+            f"got {len(visual_per_layer)}"
+        )
+    lengths = [text + visual for visual in visual_per_layer]
+    head = 2 * decoder.width * decoder.vocabulary
+    decode = sum(
+        head + sum(_decoder_layer(decoder, 1, length + step) for length in lengths) for step in range(1, generated)
+    )
+    return Cost(
+        tower=sum(image.tower for image in vision),
+        projector=sum(image.projector for image in vision),
+        selection=sum(_score(image, score) for image in vision for score in scores),
+        prefill=sum(_decoder_layer(decoder, length, length) for length in lengths),
+        head=head,
+        decode=decode,
+        kv_bytes=2 * decoder.key * kv_dtype.itemsize * sum(lengths),
+    )
+
+
+def visual_tokens(config: Any, grid: Grid) -> int:
+    """Visual tokens that an image of this patch grid (t, h, w before merging) takes up in the unpatched prompt."""
+    return _vision(config, grid).tokens
+
+
+def nominal_grid(config: Any) -> Grid:
+    """The patch grid of the model's own image size, or `NOMINAL_GRID` for a family that takes any image size."""
+    size = getattr(config.vision_config, "image_size", None)
+    if size is None:
+        return NOMINAL_GRID
+    patches = size // config.vision_config.patch_size
+    return (1, patches, patches)
+
+
+def prefill_flops(config: Any, tokens: float | Sequence[float], convention: str = "X2") -> float:
+    """FLOPs of the decoder layers over a prompt, under a named convention (see the module's docstring).
+
+    tokens: the prompt's length, or its length in every decoder layer. Lengths may be means, hence not whole numbers.
+    """
+    decoder = _text(config)
+    if isinstance(tokens, (int, float)):
+        tokens = [tokens] * decoder.layers
+    if len(tokens) != decoder.layers:
+        raise ValueError(f"tokens must give a length for each of the {decoder.layers} layers, got {len(tokens)}")
+    if convention == "X2":
+        return sum(_decoder_layer(decoder, n, n) for n in tokens)
+    if convention not in CONVENTIONS:
+        raise ValueError(f"unknown convention {convention!r}; there are {', '.join(CONVENTIONS)}")
+    matrices = 2 if convention == "F2m" else 3
+    d, m = decoder.width, decoder.ff
+    return sum(4 * n * d * d + 2 * n * n * d + matrices * n * d * m for n in tokens)
+
+
+def kv_bytes(config: Any, tokens: float | Sequence[float], dtype: torch.dtype = torch.float16) -> float:
+    """Bytes of the key-value cache for a number of tokens, or for the number in every decoder layer."""
+    decoder = _text(config)
+    held = tokens * decoder.layers if isinstance(tokens, (int, float)) else sum(tokens)
+    return 2 * decoder.key * dtype.itemsize * held
+
+
+def solve_keep(
+    config: Any,
+    share: float,
+    *,
+    text: int = NOMINAL_TEXT,
+    images: Sequence[Grid] | None = None,
+    scores: Sequence[Score] = (),
+) -> float:
+    """The `keep` (share of each image's visual tokens) whose cost until the first token is `share` of the unpatched.
+
+    Cost: `Cost.total_prefill` of X2, tower and selection included. The answer is a real number; a budget of whole
+    tokens then lies within half a token of it.
+
+    share   in (0, 1]; 1.0 gives keep 1.0, which is the unpatched model and takes no statistics
+    text    text tokens of the prompt
+    images  patch grids before merging; None: one image of `nominal_grid(config)`
+    scores  statistics that the method takes in the tower
+
+    Raises ValueError naming the reachable range: the tower's cost cannot be saved by dropping its output.
+    """
+    images = [nominal_grid(config)] if images is None else list(images)
+    if not images:
+        raise ValueError("images must name at least one patch grid: without an image there is nothing to drop")
+    counts = [visual_tokens(config, grid) for grid in images]
+    full = prompt_cost(config, text=text, images=images)
+    fixed = (
+        full.tower + full.projector + full.head + prompt_cost(config, text=0, images=images, scores=scores).selection
+    )
+
+    def share_at(keep: float) -> float:
+        kept = sum(max(1.0, keep * count) for count in counts)
+        return (fixed + prefill_flops(config, text + kept)) / full.total_prefill
+
+    low, high = 1 / max(counts), 1.0
+    least = share_at(low)
+    if isinstance(share, bool) or not least <= share <= 1:
+        grids = ", ".join("x".join(str(side) for side in grid) for grid in images)
+        raise ValueError(
+            f"a share of {share} of the unpatched FLOPs cannot be reached: with {text} text tokens and image patches "
+            f"{grids} it lies between {least:.4f} (one visual token an image) and 1.0"
+        )
+    if share == 1:
+        return 1.0
+    for _ in range(80):  # bisection: the cost grows with keep; 80 halvings exhaust a double
+        middle = (low + high) / 2
+        if share_at(middle) < share:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _decoder_layer(decoder: _Text, queries: float, keys: float) -> Any:
+    """X2 of one decoder layer: `queries` new tokens that attend to `keys` tokens, themselves included."""
+    projections = 2 * decoder.width * (2 * decoder.query + 2 * decoder.key) * queries
+    return projections + 6 * decoder.width * decoder.ff * queries + 4 * decoder.query * queries * keys
+
+
+def _score(image: _Vision, score: Score) -> int:
+    """X2 of one statistic on one image: q k^T again, of one row or of all rows of every span; softmax is free."""
+    if score.kind not in SCORE_ROWS:
+        raise ValueError(f"unknown statistic {score.kind!r}; there are {', '.join(SCORE_ROWS)}")
+    depth = len(image.spans)
+    if not 0 <= score.layer < depth:
+        raise ValueError(f"the tower has layers 0 to {depth - 1}, got layer {score.layer}")
+    one = SCORE_ROWS[score.kind] == "one"
+    return sum(2 * image.width * span * (1 if one else span) for span in image.spans[score.layer])
+
+
+def _text(config: Any) -> _Text:
+    """Sizes of the decoder; NotImplementedError unless its layers are of the gated kind counted here."""
+    text = config.get_text_config()
+    known = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+    if text.model_type not in known:
+        raise NotImplementedError(
+            f"no cost model for the text model {text.model_type!r}; there is one for {', '.join(known)}"
+        )
+    heads = text.num_attention_heads
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return _Text(
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        query=heads * head_width,
+        key=(text.num_key_value_heads or heads) * head_width,
+        ff=text.intermediate_size,
+        vocabulary=text.vocab_size,
+    )
+
+
+def _vision(config: Any, grid: Grid) -> _Vision:
+    """One image of this patch grid on the vision side of the config's family."""
+    if config.model_type not in _VISION:
+        raise NotImplementedError(
+            f"no cost model for the family {config.model_type!r}; there is one for {', '.join(_VISION)}"
+        )
+    if len(grid) != 3 or min(grid) < 1:
+        raise ValueError(f"an image is a patch grid (t, h, w) of positive numbers, got {tuple(grid)}")
+    return _VISION[config.model_type](config, grid)
+
+
+def _llava(config: Any, grid: Grid) -> _Vision:
+    """CLIP tower (every view has its own CLS token) and two-layer projector."""
+    tower = config.vision_config
+    if tower.model_type != "clip_vision_model":
+        raise NotImplementedError(
+            f"no cost model for a {config.model_type} with the tower {tower.model_type!r}; there is one for "
+            "'clip_vision_model'"
+        )
+    views, height, width = grid
+    patches, d, m = height * width, tower.hidden_size, tower.intermediate_size
+    n = patches + 1
+    embedding = 2 * patches * tower.num_channels * tower.patch_size**2 * d
+    layer = 2 * n * (4 * d * d + 2 * d * m) + 4 * n * n * d
+    selected = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    tokens = patches if config.vision_feature_select_strategy == "default" else n
+    out = config.text_config.hidden_size
+    return _Vision(
+        tower=views * (embedding + tower.num_hidden_layers * layer),
+        projector=views * 2 * tokens * (selected * d * out + out * out),
+        tokens=views * tokens,
+        width=d,
+        spans=((n,) * views,) * tower.num_hidden_layers,
+    )
+
+
+def _qwen2_5_vl(config: Any, grid: Grid) -> _Vision:
+    """Tower with window and full-attention layers (full within one frame), gated feed-forward nets, patch merger."""
+    tower = config.vision_config
+    merge = tower.spatial_merge_size
+    frames, height, width = grid
+    if height % merge or width % merge:
+        raise ValueError(f"h and w of a patch grid must be multiples of {merge}, got {tuple(grid)}")
+    patches, d, m = prod(grid), tower.hidden_size, tower.intermediate_size
+    side = tower.window_size // merge // tower.patch_size  # of a window, in merged tokens
+    windows = tuple(
+        rows * columns * merge**2
+        for _ in range(frames)
+        for rows in _chunks(height // merge, side)
+        for columns in _chunks(width // merge, side)
+    )
+    whole = (height * width,) * frames
+    spans = tuple(whole if i in tower.fullatt_block_indexes else windows for i in range(tower.depth))
+    embedding = 2 * patches * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * d
+    attention = sum(4 * d * span * span for layer in spans for span in layer)
+    merged = d * merge**2
+    return _Vision(
+        tower=embedding + tower.depth * 2 * patches * (4 * d * d + 3 * d * m) + attention,
+        projector=2 * (patches // merge**2) * (merged * merged + merged * tower.out_hidden_size),
+        tokens=patches // merge**2,
+        width=d,
+        spans=spans,
+    )
+
+
+def _chunks(length: int, size: int) -> list[int]:
+    """A length cut into pieces of `size` and a smaller rest, if there is one."""
+    return [min(size, length - start) for start in range(0, length, size)]
+
+
+# family (the config's model_type) -> cost of its vision side
+_VISION: Mapping[str, Callable[[Any, Grid], _Vision]] = {"llava": _llava, "qwen2_5_vl": _qwen2_5_vl}

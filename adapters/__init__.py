@@ -1,1 +1,125 @@
-"""The methods, by the door they use into a model."""
+"""The methods by name, and their spec strings.
+
+A spec names methods and settings: "hiprune:keep=0.33,alpha=0.1", several joined by "+", "none" for the unpatched
+model. `from_spec` and `to_spec` round-trip.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from vlmfast.adapter import Adapter
+from vlmfast.adapters.pruning.fastervlm import FasterVLM
+from vlmfast.adapters.pruning.grid import Grid
+from vlmfast.adapters.pruning.hiprune import HiPrune
+from vlmfast.adapters.pruning.random import Random
+from vlmfast.cost import solve_keep
+from vlmfast.families import did_you_mean, family_of
+from vlmfast.patching import unwrap
+
+__all__ = ["ADAPTERS", "DEFAULTS", "from_spec", "resolve", "solve_flops", "to_spec", "with_positions"]
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "fastervlm": FasterVLM,
+    "grid": Grid,
+    "hiprune": HiPrune,
+    "random": Random,
+}
+
+# What `vlmfast.patch(model)` does, by family.
+DEFAULTS: dict[str, str] = {
+    "llava": "hiprune:keep=0.33",
+    "qwen2_5_vl": "hiprune:keep=0.33",
+}
+
+NONE = "none"
+
+
+def from_spec(spec: str) -> tuple[Adapter, ...]:
+    """Methods from a spec string; "none" gives none. Raises ValueError that lists the real names or settings."""
+    if spec.strip() == NONE:
+        return ()
+    return tuple(_one(part.strip(), spec) for part in spec.split("+"))
+
+
+def _one(part: str, spec: str) -> Adapter:
+    name, _, rest = part.partition(":")
+    name = name.strip()
+    if name not in ADAPTERS:
+        raise ValueError(
+            f"no method {name!r} in {spec!r}{did_you_mean(name, ADAPTERS)}; methods: {', '.join(ADAPTERS)} (or none)"
+        )
+    cls = ADAPTERS[name]
+    known = cls.settings()
+    settings: dict[str, Any] = {}
+    for item in filter(None, (piece.strip() for piece in rest.split(","))):
+        key, equals, value = (text.strip() for text in item.partition("="))
+        if not equals or not value:
+            raise ValueError(f"{item!r} in {spec!r}: settings are written name=value")
+        if key not in known:
+            raise ValueError(
+                f"{name} has no setting {key!r}{did_you_mean(key, known)}; settings: "
+                + ", ".join(f"{setting}={default}" for setting, default in known.items())
+            )
+        if key in settings:
+            raise ValueError(f"{key} is given twice in {spec!r}")
+        settings[key] = _value(value)
+    try:
+        return cls(**settings)
+    except TypeError as error:
+        raise ValueError(f"{part!r}: {error}") from error
+
+
+def _value(text: str) -> Any:
+    """Numbers, True, False and None as in Python; `nan` and `inf` as floats; everything else is a word."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return float(text) if text.lower().lstrip("+-") in ("nan", "inf") else text
+
+
+def to_spec(adapters: Sequence[Adapter]) -> str:
+    """The spec string of configured methods: settings that differ from the defaults, `keep` always."""
+    return "+".join(_spec(adapter) for adapter in adapters) or NONE
+
+
+def _spec(adapter: Adapter) -> str:
+    defaults = adapter.settings()
+    shown = [
+        f"{field.name}={getattr(adapter, field.name)}"
+        for field in dataclasses.fields(adapter)
+        if field.name == "keep" or getattr(adapter, field.name) != defaults[field.name]
+    ]
+    return adapter.name + (":" + ",".join(shown) if shown else "")
+
+
+def resolve(model: Any, methods: Sequence[Adapter | str]) -> tuple[Adapter, ...]:
+    """Spec strings and objects -> adapters; nothing given: the default of the model's family."""
+    chosen: list[Adapter] = []
+    for method in methods or (DEFAULTS[family_of(unwrap(model)).name],):
+        if isinstance(method, str):
+            chosen += from_spec(method)
+        elif isinstance(method, Adapter):
+            chosen.append(method)
+        else:
+            raise TypeError(f"a method is a spec string or an Adapter object, got {type(method).__name__}")
+    return tuple(chosen)
+
+
+def with_positions(adapters: Sequence[Adapter], positions: str) -> tuple[Adapter, ...]:
+    """The same methods with another position policy. Raises ValueError when none of them has positions."""
+    return _replace(adapters, "positions", positions)
+
+
+def solve_flops(model: Any, adapters: Sequence[Adapter], share: float) -> tuple[Adapter, ...]:
+    """The same methods with `keep` solved for a share of the unpatched prefill FLOPs, vision tower included."""
+    return _replace(adapters, "keep", solve_keep(unwrap(model).config, share))
+
+
+def _replace(adapters: Sequence[Adapter], name: str, value: Any) -> tuple[Adapter, ...]:
+    if not any(name in adapter.settings() for adapter in adapters):
+        raise ValueError(f"none of the methods in {to_spec(adapters)!r} has a setting {name!r}")
+    return tuple(dataclasses.replace(a, **{name: value}) if name in a.settings() else a for a in adapters)

@@ -1,0 +1,37 @@
+"""Adapter: the base of every method.
+
+Shape letters, used everywhere in the package: B batch, L sequence, N visual tokens, H heads, D width, d head width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from vlmfast.patching import Patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One method with its settings: frozen, so that no state of one prompt can leak into the next.
+
+    A method is a frozen dataclass whose fields are its settings (defaults: the paper's) and which implements
+    `attach`. Run-time state belongs to what `attach` installs and goes when the patch goes.
+    """
+
+    name: ClassVar[str] = ""
+    kind: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
+        """Settings and their defaults, in the order of definition."""
+        return {field.name: field.default for field in dataclasses.fields(cls)}
+
+    def attach(self, patch: Patch) -> None:
+        """Install the method on `patch.model`; every change goes through `patch`, which can undo it."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement attach")

@@ -1,0 +1,189 @@
+"""Door 3: statistics of an attention layer without its map.
+
+A chosen attention module gets its own shallow copy of the config, whose implementation name is ours. The function
+behind that name calls the implementation the model itself uses (sdpa, flash, eager, ...) for the output, unchanged,
+and adds the statistic from q and k. Other layers keep their own path. Statistics are computed in fp32, block by block
+of rows, so that memory grows with H * N and never with N * N.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from vlmfast.visual import Score
+
+if TYPE_CHECKING:
+    from vlmfast.patching import Patch
+
+PREFIX = "vlmfast|"
+ROWS = 64  # rows of the attention held at a time: H * ROWS * N floats
+KEYWORD = "vlmfast_taps"
+
+_users: Counter[str] = Counter()  # how many open patches use a registered name; the last one removes it
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    rows: slice,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softmax: bool = True,
+) -> Tensor:
+    """Rows of the attention map, fp32. query: [B, H, Q, d], key: [B, H_kv, K, d] -> [B, H, R, K].
+
+    mask: None, bool (True = visible) or additive, broadcastable to [B, H, Q, K]; causal: hide keys after the query,
+    the last query seeing the last key. Hidden entries are 0 after the softmax and -inf before it.
+    """
+    heads, kv_heads, n_query, n_key = query.shape[1], key.shape[1], query.shape[2], key.shape[2]
+    picked = query[:, :, rows].float()
+    grouped = picked.reshape(picked.shape[0], kv_heads, -1, picked.shape[-1])  # GQA without repeating the keys
+    logits = (grouped @ key.float().transpose(-1, -2)).view(picked.shape[0], heads, picked.shape[2], n_key) * scaling
+    if mask is not None:
+        part = mask[..., rows, :n_key] if mask.shape[-2] != 1 else mask[..., :n_key]
+        logits = logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
+    if causal:
+        position = torch.arange(n_query, device=query.device)[rows] + n_key - n_query
+        logits = logits.masked_fill(torch.arange(n_key, device=query.device) > position[:, None], -torch.inf)
+    return logits.softmax(dim=-1) if softmax else logits
+
+
+def column_mean(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softmax: bool = True,
+) -> Tensor:
+    """Attention received by each key: mean over heads and over all query rows, fp32. -> [B, K]
+
+    Before the softmax, the mean is over the rows that see the key (-inf where none does).
+    """
+    heads, n_query, n_key = query.shape[1], query.shape[2], key.shape[2]
+    total = query.new_zeros(query.shape[0], n_key, dtype=torch.float32)
+    seen = torch.zeros_like(total)
+    for start in range(0, n_query, ROWS):
+        block = attention_rows(query, key, slice(start, start + ROWS), scaling, mask, causal, softmax)
+        if softmax:
+            total += block.sum(dim=(1, 2))
+        else:
+            hidden = block.isneginf()
+            total += block.masked_fill(hidden, 0).sum(dim=(1, 2))
+            seen += (~hidden).sum(dim=(1, 2))
+    return total / (heads * n_query) if softmax else (total / seen).masked_fill(seen == 0, -torch.inf)
+
+
+def statistic(
+    score: Score, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """The statistic `score` names, over one attention call: [B, H, Q, d], [B, H_kv, K, d] -> [B, K], fp32."""
+    if score.kind == "column_mean":
+        return column_mean(query, key, scaling, mask, causal, score.softmax)
+    rows = slice(0, 1) if score.kind == "cls_row" else slice(query.shape[2] - 1, query.shape[2])
+    return attention_rows(query, key, rows, scaling, mask, causal, score.softmax).mean(dim=1)[:, 0]
+
+
+@dataclass
+class Taps:
+    """Collects statistics of one forward pass; travels to the layers through the keyword arguments of the forward.
+
+    collected[score] holds one [B, K] tensor per attention call of that layer (towers with windows make several).
+    """
+
+    wanted: dict[int, list[Score]]  # id of the attention module -> what to take there
+    collected: dict[Score, list[Tensor]] = field(default_factory=dict)
+    closed: bool = False  # set when read: a later recomputation (gradient checkpointing) takes nothing again
+
+    @torch.no_grad()
+    def observe(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Take the statistics wanted of `module` from one attention call."""
+        if self.closed:
+            return
+        causal = kwargs.get("is_causal")
+        causal = bool(getattr(module, "is_causal", False) if causal is None else causal) and mask is None
+        bounds = kwargs.get("cu_seq_lens_q")  # one call over a packed batch (flash attention of windowed towers)
+        cuts = [0, query.shape[2]] if bounds is None else bounds.tolist()
+        for score in self.wanted.get(id(module), ()):
+            for start, stop in zip(cuts[:-1], cuts[1:]):
+                part = query[:, :, start:stop], key[:, :, start:stop] if bounds is not None else key
+                self.collected.setdefault(score, []).append(statistic(score, *part, scaling, mask, causal))
+
+
+def tapped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention, output unchanged, plus the statistics its `Taps` want."""
+    taps: Taps | None = kwargs.pop(KEYWORD, None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if taps is not None:
+        taps.observe(module, query, key, attention_mask, scale, kwargs)
+    own = module.config.vlmfast_original._attn_implementation
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
+    return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def tap(patch: Patch, modules: Sequence[nn.Module]) -> None:
+    """Let `Taps` observe these attention modules for as long as the patch is open."""
+    for module in modules:
+        original = module.config
+        own = original._attn_implementation
+        config = copy.copy(original)
+        config.vlmfast_original = original
+        config._attn_implementation_internal = PREFIX + own
+        _register(own)
+        patch.undo(_Registered(PREFIX + own))
+        patch.set(module, "config", config)
+
+
+def _register(own: str) -> None:
+    """Register our name for the implementation `own`, with the mask function that belongs to it.
+
+    Without its mask function transformers would silently hand over no mask at all.
+    """
+    name = PREFIX + own
+    if not _users[name]:
+        AttentionInterface.register(name, tapped_attention)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS.get(own, eager_mask))
+    _users[name] += 1
+
+
+@dataclass
+class _Registered:
+    """Undo record of `_register`."""
+
+    name: str
+
+    def undo(self) -> None:
+        _users[self.name] -= 1
+        if not _users[self.name]:
+            del _users[self.name]
+            AttentionInterface._global_mapping.pop(self.name, None)
+            AttentionMaskInterface._global_mapping.pop(self.name, None)

@@ -1,0 +1,224 @@
+"""Patch: every change to a model goes through one object that can take it back, and `patch` / `unpatch`."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from torch import nn
+
+from vlmfast.adapter import Adapter
+from vlmfast.families import Family, Tower, family_of
+
+HANDLE = "vlmfast_handle"
+FILE = "vlmfast.json"
+_MISSING = object()
+
+
+class Undo(Protocol):
+    """A record that knows how to take one change back."""
+
+    def undo(self) -> None:
+        """Take the change back."""
+        ...
+
+
+@dataclass
+class _Attribute:
+    target: Any
+    name: str
+    before: Any  # what the instance itself held; _MISSING when the class provided it
+
+    def undo(self) -> None:
+        if self.before is _MISSING:
+            self.target.__dict__.pop(self.name, None)
+        else:
+            self.target.__dict__[self.name] = self.before
+
+
+@dataclass
+class _Hook:
+    handle: Any
+
+    def undo(self) -> None:
+        self.handle.remove()
+
+
+class Patch:
+    """The changes made to one model, newest last. Undo records are data, so a deep copy of a patched model is
+    patched by itself and can be unpatched by itself.
+
+    model: the transformers model (XForConditionalGeneration); base: its multimodal base model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.base: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        self.family: Family = family_of(model)
+        self._undo: list[Undo] = []
+
+    @property
+    def tower(self) -> Tower:
+        """The vision tower as data."""
+        return self.family.tower(self.model.config)
+
+    def undo(self, record: Undo) -> None:
+        """Remember how to take back a change that was just made."""
+        self._undo.append(record)
+
+    def set(self, target: Any, name: str, value: Any) -> None:
+        """Set an attribute of an instance (never of a class)."""
+        self.undo(_Attribute(target, name, target.__dict__.get(name, _MISSING)))
+        target.__dict__[name] = value
+
+    def hook(self, module: nn.Module, function: Callable[..., Any], *, before: bool = False) -> None:
+        """Add a forward hook that sees keyword arguments; `before`: a pre-hook that runs first."""
+        if before:
+            handle = module.register_forward_pre_hook(function, prepend=True, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(function, with_kwargs=True)
+        self.undo(_Hook(handle))
+
+    def close(self) -> None:
+        """Take every change back, newest first. Safe to call twice."""
+        while self._undo:
+            self._undo.pop().undo()
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """One image of the last prompt batch: visual tokens before and after."""
+
+    n: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the patch did to the last batch of prompts.
+
+    kept: ascending indices of the kept visual tokens, one LongTensor an image, in the order of the prompts;
+    grids: (t, h, w) of each image's tokens; share: prefill FLOPs of these prompts, tower included, over the unpatched
+    ones (convention X2 of vlmfast.cost), None before the first prompt; notes: what a user should know.
+    """
+
+    spec: str
+    images: tuple[ImageReport, ...] = ()
+    kept: tuple[Any, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+    share: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.images:
+            return "\n".join([f"{self.spec}: no image seen yet", *self.notes])
+        before, after = sum(i.n for i in self.images), sum(i.kept for i in self.images)
+        lines = [f"{self.spec}: {after} of {before} visual tokens kept in {len(self.images)} image(s)"]
+        lines += [f"  image {k}: {image.kept} of {image.n}" for k, image in enumerate(self.images)]
+        if self.share is not None:
+            lines.append(f"  prefill FLOPs, vision tower included: {self.share:.1%} of unpatched (X2)")
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+@dataclass
+class Handle:
+    """A patched model: a context manager that restores the model on exit, also after an error."""
+
+    patch: Patch
+    adapters: tuple[Adapter, ...]
+    spec: str
+    reporters: list[Any] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Restore the model. Safe to call twice."""
+        self.patch.close()
+
+    def report(self) -> Report:
+        """What the methods did to the last batch of prompts."""
+        report = Report(self.spec)
+        for reporter in self.reporters:
+            report = reporter.report(report)
+        return report
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SaveSpec:
+    """`save_pretrained` of a patched model: a clean model, and the spec beside it."""
+
+    def __init__(self, model: nn.Module, spec: str) -> None:
+        self.original, self.spec = model.save_pretrained, spec
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as transformers does, then write the spec as vlmfast.json."""
+        result = self.original(save_directory, *args, **kwargs)
+        Path(save_directory, FILE).write_text(json.dumps({"spec": self.spec}) + "\n")
+        return result
+
+
+def unwrap(model: Any) -> nn.Module:
+    """The transformers model inside `model` (itself, or the base of a PEFT model).
+
+    Raises TypeError for anything else, and NotImplementedError for PEFT prompt learning, which replaces the very
+    function that the inputs door needs.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    peft = getattr(model, "peft_config", None)
+    if peft and hasattr(model, "get_base_model"):
+        if any(getattr(config, "is_prompt_learning", False) for config in peft.values()):
+            raise NotImplementedError(
+                "PEFT prompt learning rewrites the model's inputs itself and cannot be combined with vlmfast; "
+                "LoRA and other weight adapters can"
+            )
+        model = model.get_base_model()
+    if not hasattr(model, "prepare_inputs_for_generation") or not hasattr(model, "config"):
+        raise TypeError(
+            f"{type(model).__name__} cannot generate: pass the XForConditionalGeneration model "
+            "(AutoModelForImageTextToText), not a part of it"
+        )
+    return model
+
+
+def install(model: Any, adapters: tuple[Adapter, ...], spec: str) -> Handle:
+    """Attach the adapters to the model, or nothing at all: an error while attaching restores the model."""
+    target = unwrap(model)
+    if HANDLE in target.__dict__:
+        raise RuntimeError(
+            f"the model is already patched with {target.__dict__[HANDLE].spec!r}; "
+            "call vlmfast.unpatch(model) first, or join the methods with + in one patch"
+        )
+    patch = Patch(target)
+    handle = Handle(patch, adapters, spec)
+    try:
+        patch.set(target, HANDLE, handle)
+        patch.set(target, "save_pretrained", SaveSpec(target, spec))
+        for adapter in adapters:
+            adapter.attach(patch)
+    except BaseException:
+        patch.close()
+        raise
+    return handle
+
+
+def handle_of(model: Any) -> Handle | None:
+    """The handle of a patched model, None when it is not patched."""
+    return unwrap(model).__dict__.get(HANDLE)
+
+
+def shallow(output: Any) -> Any:
+    """A shallow copy of a ModelOutput that keeps the attributes attached to it."""
+    twin = copy.copy(output)
+    twin.__dict__.update(output.__dict__)
+    return twin

@@ -1,0 +1,149 @@
+"""What a method sees of one image: its visual tokens, their layout, and the statistics it asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ScoreKind = Literal["cls_row", "last_row", "column_mean"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A statistic of the attention of one layer of the vision tower, per key, averaged over heads.
+
+    layer: 0-based index of the block. Negative values are not allowed: a score is a key of dictionaries.
+    kind: `cls_row` the row of the CLS query; `last_row` the row of the last query; `column_mean` the mean over all
+        queries (CLS included where there is one), that is the attention a key receives.
+    softmax: statistics of softmax(q k^T / sqrt(d)); False: of the scaled logits before the softmax.
+    """
+
+    layer: int
+    kind: ScoreKind
+    softmax: bool = True
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of one image as they would enter the language model.
+
+    features: [N, D], raster order over `grid`.
+    grid: (t, h, w) of the tokens, t * h * w = N.
+    queries: number of rows of the tower's attention over this image (patches, and CLS where there is one):
+        column_mean * queries = attention mass received.
+    pixels: the processor's values of this image (only read, for methods whose choice depends on the image alone).
+    statistics: every statistic that was taken, mapped to the N tokens (merged patches averaged), fp32.
+    scores: the statistics the current method asked for, under its own names.
+    """
+
+    features: Tensor
+    grid: tuple[int, int, int]
+    queries: int
+    pixels: Tensor | None = None
+    statistics: Mapping[Score, Tensor] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+
+def check_keep(keep: float | int) -> None:
+    """Raise ValueError unless `keep` is a share in (0, 1] (float) or a positive number of tokens (int)."""
+    explain = "a float in (0, 1] is the share of visual tokens, an int >= 1 their number per image"
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"keep={keep!r}: {explain}")
+    if isinstance(keep, float) and not (0 < keep <= 1):  # NaN fails every comparison
+        raise ValueError(f"keep={keep!r}: {explain}")
+    if isinstance(keep, int) and keep < 1:
+        raise ValueError(f"keep={keep!r}: {explain}")
+
+
+def budget(keep: float | int, n: int) -> int:
+    """Number of tokens that `keep` means for an image of `n` visual tokens, at least 1.
+
+    Shares are rounded to the nearest token, halves to even, as the authors' codes do.
+    Raises ValueError when an int asks for more tokens than there are.
+    """
+    check_keep(keep)
+    if isinstance(keep, int):
+        if keep > n:
+            raise ValueError(f"keep={keep} visual tokens, but the image has only {n}; use keep <= {n} or a share")
+        return keep
+    return max(1, round(keep * n))
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Indices of the `k` largest scores, descending. scores: [..., N] -> [..., k]; computed in fp32.
+
+    Equal scores are ordered by index, so that the choice does not depend on the device.
+    """
+    return scores.float().sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def canvas_order(
+    crops: tuple[int, int], side: int, image_size: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Order in which the tokens of an any-resolution image enter the prompt: thumbnail, then the stitched crops.
+
+    crops: (columns, rows) of the crop grid; side: tokens per row of a view; image_size: (width, height) in pixels of
+    the original image: its padding is then removed from the canvas and one newline ends every row.
+    Returns (view, token), int64 [M]: view 0 is the thumbnail, views 1.. the crops row by row, token the raster index
+    inside that view, -1 for a newline.
+    """
+    columns, rows = crops
+    y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
+    view = 1 + (y // side) * columns + x // side
+    token = (y % side) * side + x % side
+    if image_size is not None:
+        top_pad, left_pad = _padding(image_size, (columns * side, rows * side))
+        inner = slice(top_pad, rows * side - top_pad), slice(left_pad, columns * side - left_pad)
+        view, token = view[inner], token[inner]
+        view = torch.cat([view, view[:, -1:]], dim=1)
+        token = torch.cat([token, torch.full_like(token[:, :1], -1)], dim=1)
+    thumbnail = torch.arange(side * side)
+    return torch.cat([torch.zeros_like(thumbnail), view.flatten()]), torch.cat([thumbnail, token.flatten()])
+
+
+def _padding(image_size: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Rows above and columns left of the image on the canvas (both sizes: width, height)."""
+    (width, height), (canvas_width, canvas_height) = image_size, canvas
+    if width / height > canvas_width / canvas_height:
+        inner = int(height * (canvas_width / width))
+        return (canvas_height - inner) // 2, 0
+    inner = int(width * (canvas_height / height))
+    return 0, (canvas_width - inner) // 2
+
+
+def window_order(grid: tuple[int, int, int], window: int) -> Tensor:
+    """Raster indices of merged tokens in the order in which a windowed tower holds them. -> [t * h * w]
+
+    grid: (t, h, w) of merged tokens; window: tokens per side of a window. Windows go row by row, and so do the tokens
+    inside one; windows at the right and lower border are cut.
+    """
+    t, h, w = grid
+    index = torch.arange(t * h * w).view(t, h, w)
+    parts = [
+        index[frame, top_row : top_row + window, left : left + window].flatten()
+        for frame in range(t)
+        for top_row in range(0, h, window)
+        for left in range(0, w, window)
+    ]
+    return torch.cat(parts)
+
+
+def mean_over(groups: Tensor, size: int) -> Tensor:
+    """Mean of each run of `size` consecutive values: [N * size] -> [N]."""
+    return groups.view(-1, size).mean(dim=1)
+
+
+def grid_of(n: int) -> tuple[int, int, int]:
+    """(1, s, s) for a square image of n = s * s tokens; ValueError otherwise."""
+    side = math.isqrt(n)
+    if side * side != n:
+        raise ValueError(f"{n} visual tokens do not form a square")
+    return (1, side, side)

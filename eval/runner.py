@@ -1,0 +1,232 @@
+"""`evaluate`: models x specs on tasks, one result file a run, several models at a time, resumable at any point.
+
+Two processes for two models give the same numbers as one after the other: each model is always one sweep of its own
+(`vlmfast.eval.sweep`) with a number of threads that does not depend on `workers`.
+"""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+from vlmfast.adapters import from_spec, to_spec
+from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, weight_files
+from vlmfast.eval.progress import Bars
+from vlmfast.eval.results import check_identity, read_result, ready_folder
+from vlmfast.eval.sweep import UNPATCHED, Job, sweep
+from vlmfast.eval.tasks import choose, task_hash
+from vlmfast.visual import check_keep
+
+SMALL = 500_000_000  # bytes of weights up to which models are evaluated side by side on a CPU
+
+
+def evaluate(
+    models: Sequence[str],
+    specs: Sequence[str],
+    keeps: Sequence[float | int],
+    tasks: Sequence[str] | None,
+    out: str | Path,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    workers: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    progress: bool = True,
+) -> list[Path]:
+    """Score models under specs, one JSON a run, and return the files, model by model in the order of the runs.
+
+    Parameters
+    ----------
+    models: `testbed:NAME`, folders, Hugging Face ids.
+    specs: method specs; a method that has a setting `keep` which the spec does not name runs with each of `keeps`.
+        The unpatched model ("none") always runs, and first: every other run is compared with it.
+    keeps: shares in (0, 1] as floats, or numbers of visual tokens as ints.
+    tasks: names of offline tasks; None for all.
+    out: folder of the results. Complete runs found there are kept, interrupted ones go on where they stopped.
+    limit: images per task; None takes the tasks' defaults.
+    seed: draws the images of the tasks and the resamples of the intervals.
+    batch: questions answered at a time.
+    workers: processes, at most one a model; None: one a model on a CPU if the models are small, else one in all.
+
+    Raises
+    ------
+    ValueError: an argument that cannot be; a file in `out` that is damaged or was made by another run.
+    OSError: a model that is not there, a folder that cannot be written to, a full disk.
+    RuntimeError: a question that could not be answered, or a worker process that died.
+    What was finished stays, and the same call goes on from there; so it does after KeyboardInterrupt.
+    """
+    numbers = {"limit": (limit, 1), "batch": (batch, 1), "workers": (workers, 1), "seed": (seed, 0)}
+    for name, (value, least) in numbers.items():
+        if value is None and name in ("limit", "workers"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
+    check_device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if not models:
+        raise ValueError("no model given")
+    runs = expand(specs, keeps)
+    chosen = choose(tasks)
+    folders = {name: model_folder(name) for name in dict.fromkeys(models)}
+    ready_folder(Path(out))
+
+    documents = {name: task.load(limit, seed) for name, task in chosen.items()}
+    hashes = {name: task_hash(task, documents[name]) for name, task in chosen.items()}
+    beside = _side_by_side(list(folders.values()), device)
+    common: dict[str, Any] = {
+        "hashes": hashes,
+        "out": Path(out),
+        "limit": limit,
+        "seed": seed,
+        "batch": batch,
+        "device": device,
+        "dtype": dtype,
+        "threads": max(1, cores() // len(folders)) if beside else cores(),
+        "command": shlex.join(sys.argv),
+    }
+    jobs = [Job(model=name, model_hash=model_hash(folder), specs=runs, **common) for name, folder in folders.items()]
+    pending = [owed for owed in map(outstanding, jobs) if owed.specs]
+    total = sum(map(len, documents.values()))
+    with Bars(progress, {job.model: total * len(job.specs) for job in pending}) as bars:
+        if min(len(pending), workers or (len(pending) if beside else 1)) > 1:
+            work_side_by_side(pending, workers or min(len(pending), cores()), bars)
+        else:
+            for job in pending:
+                sweep(job, partial(bars.update, job.model))
+    return [job.path(spec) for job in jobs for spec in runs]
+
+
+def expand(specs: Sequence[str], keeps: Sequence[float | int]) -> tuple[str, ...]:
+    """All runs: "none", then every spec in its canonical form, crossed with `keeps` where it leaves `keep` open.
+
+    ValueError or TypeError for a misspelt spec or a keep that cannot be.
+    """
+    for keep in keeps:
+        check_keep(keep)
+    runs = [UNPATCHED]
+    for spec in specs:
+        parts = spec.split("+")
+        open_keep = [i for i, part in enumerate(parts) if _leaves_keep_open(part)]
+        if open_keep and not keeps:
+            raise ValueError(
+                f"{spec!r} needs a keep: give a list of them, or name it as in {parts[open_keep[0]]}:keep=0.5"
+            )
+        for keep in keeps if open_keep else [None]:
+            filled = list(parts)
+            for i in open_keep:
+                filled[i] += f"{',' if ':' in parts[i] else ':'}keep={keep!r}"
+            runs.append(to_spec(from_spec("+".join(filled))))
+    return tuple(dict.fromkeys(runs))
+
+
+def _leaves_keep_open(part: str) -> bool:
+    """Whether one method of a spec has a setting `keep` and the spec does not name it."""
+    named = part.partition(":")[2].split(",")
+    return any("keep" in adapter.settings() for adapter in from_spec(part)) and not any(
+        setting.split("=")[0].strip() == "keep" for setting in named
+    )
+
+
+def outstanding(job: Job) -> Job:
+    """The job without the runs that are complete; ValueError for files that do not belong to it."""
+    owed = []
+    for spec in job.specs:
+        path, answers = job.path(spec), job.answers(spec)
+        stored = answers.read()  # also of a complete run: the comparison with the unpatched run rests on the answers
+        if not path.exists():
+            owed.append(spec)
+            continue
+        check_identity(path, read_result(path).identity(), job.identity(spec))
+        if not stored:
+            raise ValueError(f"{path} has lost its answers {answers.path.name}: delete it to run it again")
+    return Job(**vars(job) | {"specs": tuple(owed)})
+
+
+def cores() -> int:
+    """The processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _side_by_side(folders: Sequence[Path], device: str) -> bool:
+    """Whether the models are evaluated at the same time by default: on a CPU, if they are small."""
+    size = sum(file.stat().st_size for folder in folders for file in weight_files(folder))
+    return device == "cpu" and 1 < len(folders) <= cores() and size <= SMALL
+
+
+def work_side_by_side(jobs: Sequence[Job], workers: int, bars: Bars) -> None:
+    """Every job in a process of its own, `workers` at a time; the first error stops all and is raised here."""
+    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an unknown state
+    queue = context.Queue()
+    waiting, running = list(jobs), dict[str, BaseProcess]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop(0)
+                running[job.model] = context.Process(target=_work, args=(job, queue), daemon=True)
+                running[job.model].start()
+            for model, event, content, questions in _messages(queue, running):
+                if event == "error":
+                    raise content
+                if event == "end":
+                    running.pop(model).join()
+                else:
+                    bars.update(model, event, content, questions)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.join()
+
+
+def _messages(queue: Any, running: dict[str, BaseProcess]) -> Iterator[tuple[str, str, Any, int]]:
+    """What the workers have sent, waiting up to a second for it; RuntimeError if one has died without a word."""
+    dead = [model for model, process in running.items() if process.exitcode is not None]
+    try:
+        yield queue.get(timeout=1)
+        while True:
+            yield queue.get_nowait()
+    except Empty:
+        for model in dead:
+            if model in running:  # it was dead before we listened, and still has not said that it ended
+                code = running[model].exitcode
+                raise RuntimeError(
+                    f"the process that evaluated {model} died with exit code {code} (short of memory?); "
+                    "run the same command again to go on from there"
+                ) from None
+
+
+def _work(job: Job, queue: Any) -> None:
+    """The main function of a worker process: runs a job and tells its parent what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides, and ends us
+    parent = multiprocessing.parent_process()
+
+    def notify(event: str, spec: str, questions: int) -> None:
+        if parent is None or not parent.is_alive():
+            raise SystemExit(1)  # nobody waits for the results any more
+        queue.put((job.model, event, spec, questions))
+
+    try:
+        sweep(job, notify)
+        queue.put((job.model, "end", "", 0))
+    except Exception as error:
+        queue.put((job.model, "error", _portable(error), 0))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as one that survives the way to another process: the same kind, or the nearest standard one."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, str(error)) if error.errno is None else OSError(error.errno, error.strerror)
+    for kind in (NotImplementedError, ValueError, TypeError, RuntimeError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,350 @@
+"""One model through all its specs: encode every picture once, answer every question under every spec, score.
+
+The order of work is fixed by the arguments alone, batches included, so that a sweep that was interrupted and goes on
+gives the same answers as one that was not: whole batches are kept, a batch that was cut short is answered again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vlmfast
+from vlmfast.adapters import from_spec
+from vlmfast.cost import CONVENTION, prompt_cost
+from vlmfast.eval.environment import describe
+from vlmfast.eval.latency import Clock, generation, interleave, measure, ratio, use_threads
+from vlmfast.eval.metrics import Counts
+from vlmfast.eval.metrics import measure as intervals
+from vlmfast.eval.models import load_model
+from vlmfast.eval.prompts import Prompts, Row
+from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, write_result
+from vlmfast.eval.tasks import TASKS, Doc, image
+from vlmfast.families import family_of
+from vlmfast.inputs import encode_images, encoder_outputs
+from vlmfast.visual import VisualTokens
+
+UNPATCHED = "none"
+SAMPLES = 6  # questions whose answers and kept tokens are stored in the result, for the page
+ENCODE = 16  # pictures in one pass of the vision tower
+REPEATS = 5  # readings of each latency
+PARTS = ("tower", "projector", "selection", "prefill", "head", "decode", "total_prefill", "total", "kv_bytes")
+Notify = Callable[[str, str, int], None]  # ("answered", spec, questions) or ("finished", spec, questions)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and the runs it still owes: all that a worker process needs to know."""
+
+    model: str
+    model_hash: str
+    specs: tuple[str, ...]
+    hashes: dict[str, str]  # of the tasks, by name
+    out: Path
+    limit: int | None
+    seed: int
+    batch: int
+    device: str
+    dtype: str
+    threads: int
+    command: str
+
+    def identity(self, spec: str) -> dict[str, Any]:
+        """What the files of one run must agree on (see `vlmfast.eval.results`)."""
+        names = ("model_hash", "limit", "seed", "batch", "device", "dtype")
+        fields = {name: getattr(self, name) for name in names}
+        return {"schema": SCHEMA, "spec": spec, "tasks": self.hashes} | fields
+
+    def path(self, spec: str) -> Path:
+        """Where the result of one run belongs."""
+        return self.out / f"{run_name(self.model, spec)}.json"
+
+    def answers(self, spec: str) -> Answers:
+        """The raw answers of one run."""
+        return Answers(self.path(spec).with_name(f"{run_name(self.model, spec)}.jsonl"), self.identity(spec))
+
+
+def sweep(job: Job, notify: Notify) -> None:
+    """Make every run of the job; what is done is on the disk whenever this stops."""
+    with use_threads(job.threads), torch.no_grad():
+        work = Sweep(job)
+        for spec in job.specs:
+            work.run(spec, notify)
+
+
+class Sweep:
+    """A loaded model with everything that the runs of a job share."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.model, processor = load_model(job.model, device=job.device, dtype=job.dtype)
+        self.prompts = Prompts(processor, self.model.device, self.model.dtype)
+        self.tasks = {name: TASKS[name] for name in job.hashes}
+        self.docs = [doc for task in self.tasks.values() for doc in task.load(job.limit, job.seed)]
+        self.scenes = list(dict.fromkeys(doc.scene for doc in self.docs))
+        self.batches = self._plan()
+        self.samples = fixed_samples(self.docs)
+        self.pictures = self._encode()
+
+    def row(self, doc: Doc) -> Row:
+        """The tokens of a document's prompt."""
+        return self.prompts.row(self.tasks[doc.task].prompt(doc), image(doc))
+
+    def _plan(self) -> list[list[Doc]]:
+        """The batches, the same in every run: prompts of like length and like longest answer together."""
+        kinds: dict[int, list[Doc]] = {}
+        for doc in self.docs:
+            kinds.setdefault(self.tasks[doc.task].NEW_TOKENS, []).append(doc)
+        size = self.job.batch
+        batches = []
+        for _, docs in sorted(kinds.items()):
+            docs = sorted(docs, key=lambda doc: len(self.row(doc)["input_ids"]))
+            batches += [docs[i : i + size] for i in range(0, len(docs), size)]
+        return batches
+
+    def _encode(self) -> dict[int, tuple[VisualTokens, dict[str, Tensor]]]:
+        """Each scene's visual tokens, with the statistics that any spec wants, and its other inputs, each [1, ...]."""
+        methods = [adapter for spec in self.job.specs for adapter in from_spec(spec)]
+        first = {doc.scene: doc for doc in reversed(self.docs)}
+        found = {}
+        for start in range(0, len(self.scenes), ENCODE):
+            scenes = self.scenes[start : start + ENCODE]
+            inputs = self.prompts.pictures([image(first[scene]) for scene in scenes])
+            visual = encode_images(self.model, methods, **inputs)
+            others = {name: value for name, value in inputs.items() if len(value) == len(scenes)}
+            others.pop("pixel_values", None)
+            for i, scene in enumerate(scenes):
+                found[scene] = visual[i], {name: value[i : i + 1] for name, value in others.items()}
+        return found
+
+    def run(self, spec: str, notify: Notify) -> None:
+        """Answer what is not answered yet, score, measure, and store the result."""
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        answers = self.job.answers(spec)
+        records = {record["id"]: record for record in answers.read()}
+        whole = [batch for batch in self.batches if all(doc.id in records for doc in batch)]
+        records = {doc.id: records[doc.id] for batch in whole for doc in batch}
+        answers.start(records.values())
+        notify("answered", spec, len(records))
+        with vlmfast.patch(self.model, spec) as handle:
+            for batch in self.batches:
+                if batch[0].id not in records:
+                    new = self.answer(batch, spec, handle)
+                    answers.append(new)
+                    records |= {record["id"]: record for record in new}
+                    notify("answered", spec, len(new))
+        write_result(self.job.path(spec), self.result(spec, records, started))
+        notify("finished", spec, len(records))
+
+    def answer(self, batch: Sequence[Doc], spec: str, handle: Any) -> list[dict[str, Any]]:
+        """One record for each question of a batch; RuntimeError names the question that could not be answered."""
+        try:
+            return self._generate(batch, handle)
+        except Exception as error:
+            for doc in batch if len(batch) > 1 else ():
+                try:
+                    self._generate([doc], handle)
+                except Exception as alone:
+                    raise RuntimeError(failure(self.job.model, spec, f"question {doc.id}", alone)) from alone
+            if len(batch) == 1:
+                raise RuntimeError(failure(self.job.model, spec, f"question {batch[0].id}", error)) from error
+            what = f"the batch of {len(batch)} from question {batch[0].id} on, though each question works alone"
+            raise RuntimeError(failure(self.job.model, spec, what, error) + " (try a smaller --batch)") from error
+
+    def _generate(self, batch: Sequence[Doc], handle: Any) -> list[dict[str, Any]]:
+        start = time.perf_counter()
+        pictures = [self.pictures[doc.scene] for doc in batch]
+        inputs = self.prompts.batch([self.row(doc) for doc in batch])
+        inputs |= {name: torch.cat([others[name] for _, others in pictures]) for name in pictures[0][1]}
+        sequences = self.model.generate(
+            **inputs,
+            mm_encoder_outputs=encoder_outputs([visual for visual, _ in pictures]),
+            max_new_tokens=self.tasks[batch[0].task].NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+        )
+        new = sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.prompts.tokenizer.batch_decode(new, skip_special_tokens=True)
+        kept = self._kept(pictures, handle)
+        seconds = (time.perf_counter() - start) / len(batch)
+        return [
+            {
+                "id": doc.id,
+                "prompt": self.tasks[doc.task].prompt(doc),
+                "expected": doc.answer,
+                "answer": text.strip(),
+                "tokens": length,
+                "kept": len(indices),
+                **({"indices": indices, "grid": visual.grid} if doc in self.samples else {}),
+                "seconds": round(seconds, 5),
+            }
+            for doc, text, length, indices, (visual, _) in zip(batch, texts, self._lengths(new), kept, pictures)
+        ]
+
+    def _kept(self, pictures: Sequence[tuple[VisualTokens, Any]], handle: Any) -> list[list[int]]:
+        """The kept indices of each row's picture, as the handle reports them about the batch just answered."""
+        kept = [indices.tolist() for indices in handle.report().kept]
+        if handle.spec == UNPATCHED:
+            kept = [list(range(len(visual))) for visual, _ in pictures]
+        if len(kept) != len(pictures):
+            raise RuntimeError(f"the report tells of {len(kept)} pictures, the batch has {len(pictures)}")
+        return kept
+
+    def _lengths(self, new: Tensor) -> list[int]:
+        """How many tokens each answer took, its end token included. new: [B, T]"""
+        config = self.model.generation_config
+        ends = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else [], device=new.device)
+        ended = torch.isin(new, ends)
+        first = torch.where(ended.any(1), ended.int().argmax(1) + 1, new.shape[1])
+        return first.tolist()
+
+    def counts(self, records: dict[str, dict[str, Any]]) -> dict[str, Counts]:
+        """The scores of all answers of a run, summed over pictures, by task."""
+        counts = {}
+        for name, task in self.tasks.items():
+            docs = [doc for doc in self.docs if doc.task == name]
+            scores = [task.score(doc, records[doc.id]["answer"]) for doc in docs]
+            counts[name] = Counts.of(scores, [doc.scene for doc in docs], self.scenes)
+        return counts
+
+    def result(self, spec: str, records: dict[str, dict[str, Any]], started: str) -> Result:
+        """Everything that is stored about a finished run."""
+        job, start = self.job, time.perf_counter()
+        baseline = None
+        if spec != UNPATCHED:
+            baseline = self.counts({record["id"]: record for record in job.answers(UNPATCHED).read()})
+        metrics, macro = intervals(
+            self.counts(records),
+            {name: task.summarise for name, task in self.tasks.items()},
+            {name: task.HEADLINE for name, task in self.tasks.items()},
+            baseline,
+            job.seed,
+        )
+        tasks = {
+            name: TaskResult(
+                hash=job.hashes[name],
+                n=sum(doc.task == name for doc in self.docs),
+                images=len({doc.scene for doc in self.docs if doc.task == name}),
+                headline=task.HEADLINE,
+                metrics=metrics[name],
+            )
+            for name, task in self.tasks.items()
+        }
+        cost, latency = self.cost(spec, records), self.latency(spec)
+        method, keep = describe_spec(spec)
+        return Result(
+            model=job.model,
+            model_hash=job.model_hash,
+            spec=spec,
+            method=method,
+            keep=keep,
+            limit=job.limit,
+            seed=job.seed,
+            batch=job.batch,
+            device=job.device,
+            dtype=job.dtype,
+            tasks=tasks,
+            macro=macro,
+            cost=cost,
+            latency=latency,
+            environment=describe(job.device),
+            command=job.command,
+            started=started,
+            seconds=round(sum(r["seconds"] for r in records.values()) + time.perf_counter() - start, 3),
+            samples=[self._sample(doc, records[doc.id]) for doc in self.samples],
+        )
+
+    def _sample(self, doc: Doc, record: dict[str, Any]) -> dict[str, Any]:
+        """One stored question: `index` is the test scene, `kept` the indices of the kept visual tokens a picture."""
+        return {
+            "task": doc.task,
+            "index": doc.scene,
+            "prompt": record["prompt"],
+            "answer": record["answer"],
+            "expected": record["expected"],
+            "kept": [record["indices"]],
+            "grid": list(record["grid"]),
+        }
+
+    def cost(self, spec: str, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """The analytic cost, mean over all prompts; `decode` counts the tokens that were really generated."""
+        config = self.model.config
+        tower = family_of(self.model).tower(config)
+        wanted = [list(method.wanted(tower).values()) for method in from_spec(spec) if hasattr(method, "wanted")]
+        scores = list(dict.fromkeys(score for some in wanted for score in some))
+        prompts: Counter[tuple[Any, ...]] = Counter()
+        for doc in self.docs:
+            visual, others = self.pictures[doc.scene]
+            grid = tuple(others["image_grid_thw"][0].tolist()) if "image_grid_thw" in others else visual.grid
+            text = len(self.row(doc)["input_ids"]) - len(visual)
+            record = records[doc.id]
+            prompts[text, grid, len(visual), record["kept"], record["tokens"]] += 1
+        sums: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        unpatched = kept_mean = before = 0.0
+        for (text, grid, tokens, kept, generated), times in prompts.items():
+            cost = prompt_cost(config, text=text, images=[grid], kept=[kept], generated=generated, scores=scores)
+            for part in PARTS:
+                sums[part] += times / len(self.docs) * getattr(cost, part)
+            unpatched += times / len(self.docs) * prompt_cost(config, text=text, images=[grid]).total_prefill
+            kept_mean += times / len(self.docs) * kept
+            before += times / len(self.docs) * tokens
+        return {
+            "convention": CONVENTION,
+            **{part: round(value) for part, value in sums.items()},
+            "share_of_unpatched": sums["total_prefill"] / unpatched,
+            "visual_tokens": kept_mean,
+            "visual_tokens_before": before,
+            "visual_tokens_per_layer": [kept_mean] * config.get_text_config().num_hidden_layers,
+        }
+
+    def latency(self, spec: str) -> dict[str, Any]:
+        """Timings of one fixed prompt, alone in its batch, tower included; `ttft_speedup` against the unpatched model.
+
+        For the speed-up the unpatched and the patched model take turns, here and now: unlike a comparison with the
+        timings of another run it does not mind what else the machine was doing then.
+        """
+        doc = self.samples[0]
+        inputs = self.prompts.full(self.tasks[doc.task].prompt(doc), image(doc))
+        clock = Clock.of(self.model.device, self.job.threads)
+
+        def first_token(spec: str) -> float:
+            with vlmfast.patch(self.model, spec):
+                return generation(self.model, inputs, 1, clock).ttft_ms
+
+        with vlmfast.patch(self.model, spec):
+            latency = measure(self.model, inputs, repeats=REPEATS, threads=self.job.threads)
+        readings = interleave(
+            {name: partial(first_token, name) for name in dict.fromkeys((UNPATCHED, spec))}, repeats=REPEATS
+        )
+        return latency.as_dict() | {"ttft_speedup": asdict(ratio(readings[UNPATCHED], readings[spec]))}
+
+
+def fixed_samples(docs: Sequence[Doc]) -> list[Doc]:
+    """A few questions, the same in every run: spread over the tasks, each about another picture where possible."""
+    names = list(dict.fromkeys(doc.task for doc in docs))
+    chosen: list[Doc] = []
+    for i in range(min(SAMPLES, len(docs))):
+        task = names[i * len(names) // SAMPLES if len(names) >= SAMPLES else i % len(names)]
+        left = [doc for doc in docs if doc.task == task and doc not in chosen] or [d for d in docs if d not in chosen]
+        seen = {doc.scene for doc in chosen}
+        chosen.append(next((doc for doc in left if doc.scene not in seen), left[0]))
+    return chosen
+
+
+def failure(model: str, spec: str, what: str, error: Exception) -> str:
+    """The message for an answer that could not be generated."""
+    return f"{model} with {spec} stopped at {what}: {type(error).__name__}: {error}"
+
+
+def describe_spec(spec: str) -> tuple[str, float | int | None]:
+    """The method's name (several joined by +) and its keep, None if it has none."""
+    adapters = from_spec(spec)
+    keeps = [adapter.keep for adapter in adapters if hasattr(adapter, "keep")]
+    return "+".join(adapter.name for adapter in adapters) or UNPATCHED, keeps[0] if keeps else None

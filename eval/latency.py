@@ -16,6 +16,7 @@ of all live tensors made by torch operations (`LiveBytes`), not the resident set
 freed and depends on the machine. The count misses scratch memory inside a kernel.
 """
 
+import gc
 import inspect
 import statistics
 import time
@@ -115,15 +116,23 @@ def interleave(variants: Mapping[str, Callable[[], T]], *, repeats: int = 10, wa
 
     The order turns around every round (A B, B A, A B, ...): a steady drift of the machine cancels, and no variant
     always runs behind the same one. Entry i of every list comes from the same round, so entries i may be compared.
+    Garbage is collected between rounds and never inside one: a full collection takes as long as a small prefill.
     """
     check_repeats(repeats, warmup)
     results: dict[str, list[T]] = {name: [] for name in variants}
     names = list(variants)
-    for i in range(-warmup, repeats):
-        for name in names if i % 2 == 0 else reversed(names):
-            result = variants[name]()
-            if i >= 0:
-                results[name].append(result)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for i in range(-warmup, repeats):
+            gc.collect()
+            for name in names if i % 2 == 0 else reversed(names):
+                result = variants[name]()
+                if i >= 0:
+                    results[name].append(result)
+    finally:
+        if collects:
+            gc.enable()
     return results
 
 

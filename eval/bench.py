@@ -463,8 +463,8 @@ def print_table(rows: Sequence[dict[str, Any]], console: Console | None = None) 
         for table in (overhead, speed, memory):
             console.print(table)
     console.print(
-        "Total: vision tower to first logits. Ratios: median over rounds of readings paired within a round, ± half the "
-        f"interquartile range. The row none shows the measuring error. FLOPs {CONVENTION}.",
+        "Total: vision tower to first logits. Ratios: median over rounds of readings paired within a round, ± half "
+        f"the interquartile range. The row none shows the measuring error. FLOPs {CONVENTION}.",
         highlight=False,
     )
 

@@ -158,12 +158,29 @@ def tap(patch: Patch, modules: Sequence[nn.Module]) -> None:
         config = copy.copy(original)
         config.vlmfast_original = original
         config._attn_implementation_internal = PREFIX + own
-        _register(own)
-        patch.undo(_Registered(PREFIX + own))
+        patch.undo(_register(own))
         patch.set(module, "config", config)
 
 
-def _register(own: str) -> None:
+@dataclass
+class _Registered:
+    """Undo record of a name registered for the implementation `own`."""
+
+    own: str
+
+    def undo(self) -> None:
+        name = PREFIX + self.own
+        _users[name] -= 1
+        if not _users[name]:
+            del _users[name]
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _register, (self.own,)  # a copied or unpickled patch is one more user of the name
+
+
+def _register(own: str) -> _Registered:
     """Register our name for the implementation `own`, with the mask function that belongs to it.
 
     Without its mask function transformers would silently hand over no mask at all.
@@ -173,17 +190,4 @@ def _register(own: str) -> None:
         AttentionInterface.register(name, tapped_attention)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS.get(own, eager_mask))
     _users[name] += 1
-
-
-@dataclass
-class _Registered:
-    """Undo record of `_register`."""
-
-    name: str
-
-    def undo(self) -> None:
-        _users[self.name] -= 1
-        if not _users[self.name]:
-            del _users[self.name]
-            AttentionInterface._global_mapping.pop(self.name, None)
-            AttentionMaskInterface._global_mapping.pop(self.name, None)
+    return _Registered(own)

@@ -96,7 +96,7 @@ def _clip_tower(config: Any) -> Tower:
         raise NotImplementedError(f"llava with a {vision.model_type} tower; supported: clip_vision_model")
     if config.vision_feature_select_strategy != "default":
         raise NotImplementedError(
-            f"llava with vision_feature_select_strategy={config.vision_feature_select_strategy!r}; supported: 'default'"
+            f"llava with vision_feature_select_strategy={config.vision_feature_select_strategy!r}; supported: default"
         )
     if not isinstance(layer, int):
         raise NotImplementedError(f"llava with several feature layers {layer}; supported: one, as an int")

@@ -16,6 +16,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -159,15 +160,18 @@ def encoder_outputs(images: Sequence[VisualTokens]) -> dict[str, Any]:
 
 @dataclass
 class _Row:
-    """One prompt of the last batch: its text tokens, and its images with what was kept of them."""
+    """One prompt of the last batch: its text tokens, and its images as (grid, kept indices).
+
+    No features: they would keep the whole graph of a training step alive.
+    """
 
     text: int
-    images: list[tuple[VisualTokens, Tensor]]
+    images: list[tuple[tuple[int, int, int], Tensor]]
 
     def flops(self, config: Any, merge: int, scores: Sequence[Score] | None) -> float:
         """Prefill FLOPs, tower included; scores None: of the unpatched model."""
-        patches = [(v.grid[0], v.grid[1] * merge, v.grid[2] * merge) for v, _ in self.images]
-        kept = [len(v) if scores is None else len(k) for v, k in self.images]
+        patches = [(t, h * merge, w * merge) for (t, h, w), _ in self.images]
+        kept = [prod(grid) if scores is None else len(k) for grid, k in self.images]
         return prompt_cost(config, text=self.text, images=patches, kept=kept, scores=scores or ()).total_prefill
 
 
@@ -257,7 +261,7 @@ class Door:
         keep, selected = self.select(ids, images, full[:, held:].bool())
         if state is None and keep.all():
             return self._with_images(kwargs, images)
-        positions = self.original_positions(kwargs, state, held)
+        positions = self.original_positions(kwargs, state, held, images=True)
         following = _next(positions, full[:, held:])
         shift = torch.zeros_like(following) if state is None else state.shift
         if self.positions == "compact":
@@ -295,7 +299,7 @@ class Door:
         if state.mask.shape[0] != ids.shape[0]:
             raise ValueError(f"{ids.shape[0]} rows for a cache that was filled with {state.mask.shape[0]}")
         needed = mask is not None or state.padded
-        positions = self.original_positions(kwargs, state, held)
+        positions = self.original_positions(kwargs, state, held, images=False)
         if self.positions == "compact":
             positions = positions - state.shift.view(-1, 1)
         return {
@@ -311,7 +315,7 @@ class Door:
     def select(
         self, ids: Tensor, images: Any, real: Tensor
     ) -> tuple[Tensor, list[tuple[VisualTokens, Tensor, int, Tensor]]]:
-        """Which tokens stay. ids, real (no padding): [B, L] -> keep [B, L], and per image (visual, kept, row, columns)."""
+        """Which tokens stay. ids, real (not padding): [B, L] -> keep [B, L]; (visual, kept, row, columns) each."""
         keep = torch.ones_like(ids, dtype=torch.bool)
         places = ids == self.token
         visuals: list[VisualTokens] | None = getattr(images, IMAGES, None)
@@ -335,7 +339,7 @@ class Door:
         repeat = max(1, len(selected) // len(visuals))  # beams and return sequences repeat a prompt: report it once
         texts = [int(count) for count in (real & ~places).sum(1)]
         self.last = [
-            _Row(texts[row], [(visual, kept) for visual, kept, r, _ in selected if r == row])
+            _Row(texts[row], [(visual.grid, kept) for visual, kept, r, _ in selected if r == row])
             for row in range(0, len(ids), repeat)
         ]
         return keep, selected
@@ -350,7 +354,7 @@ class Door:
         with torch.no_grad():
             return self.selector.choose(dataclasses.replace(visual, scores=scores))
 
-    def original_positions(self, kwargs: dict[str, Any], state: CacheState | None, held: int) -> Tensor:
+    def original_positions(self, kwargs: dict[str, Any], state: CacheState | None, held: int, images: bool) -> Tensor:
         """Positions of the new tokens in the unpruned conversation: [B, L], or [3 or 4, B, L] for M-RoPE."""
         ids, new = kwargs["input_ids"], kwargs["input_ids"].shape[1]
         given = kwargs.get("position_ids")
@@ -362,7 +366,7 @@ class Door:
         else:
             start = torch.full((ids.shape[0],), held, device=ids.device)
         flat = start.view(-1, 1) + torch.arange(new, device=ids.device)
-        if not (self.family.mrope and (ids == self.token).any()):
+        if not (self.family.mrope and images):
             return flat
         if kwargs.get("mm_token_type_ids") is None:
             raise ValueError(MISSING_TYPES)
@@ -413,9 +417,9 @@ class Door:
         notes = getattr(self.selector, "notes", lambda tower: ())(self.tower)
         return dataclasses.replace(
             report,
-            images=tuple(ImageReport(len(visual), len(kept)) for visual, kept in images),
+            images=tuple(ImageReport(prod(grid), len(kept)) for grid, kept in images),
             kept=tuple(kept for _, kept in images),
-            grids=tuple(visual.grid for visual, _ in images),
+            grids=tuple(grid for grid, _ in images),
             share=cost / plain,
             notes=(*report.notes, *notes),
         )

@@ -17,7 +17,10 @@ from vlmfast.families import Family, Tower, family_of
 
 HANDLE = "vlmfast_handle"
 FILE = "vlmfast.json"
-_MISSING = object()
+
+
+class _Missing:
+    """Stands for no value; a class, so that it stays itself in a deep copy."""
 
 
 class Undo(Protocol):
@@ -32,10 +35,10 @@ class Undo(Protocol):
 class _Attribute:
     target: Any
     name: str
-    before: Any  # what the instance itself held; _MISSING when the class provided it
+    before: Any  # what the instance itself held; _Missing when the class provided it
 
     def undo(self) -> None:
-        if self.before is _MISSING:
+        if self.before is _Missing:
             self.target.__dict__.pop(self.name, None)
         else:
             self.target.__dict__[self.name] = self.before
@@ -73,7 +76,7 @@ class Patch:
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """Set an attribute of an instance (never of a class)."""
-        self.undo(_Attribute(target, name, target.__dict__.get(name, _MISSING)))
+        self.undo(_Attribute(target, name, target.__dict__.get(name, _Missing)))
         target.__dict__[name] = value
 
     def hook(self, module: nn.Module, function: Callable[..., Any], *, before: bool = False) -> None:

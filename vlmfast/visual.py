@@ -93,7 +93,7 @@ def canvas_order(
     crops: (columns, rows) of the crop grid; side: tokens per row of a view; image_size: (width, height) in pixels of
     the original image: its padding is then removed from the canvas and one newline ends every row.
     Returns (view, token), int64 [M]: view 0 is the thumbnail, views 1.. the crops row by row, token the raster index
-    inside that view, -1 for a newline.
+    inside that view; both are -1 for a newline.
     """
     columns, rows = crops
     y, x = torch.meshgrid(torch.arange(rows * side), torch.arange(columns * side), indexing="ij")
@@ -103,8 +103,8 @@ def canvas_order(
         top_pad, left_pad = _padding(image_size, (columns * side, rows * side))
         inner = slice(top_pad, rows * side - top_pad), slice(left_pad, columns * side - left_pad)
         view, token = view[inner], token[inner]
-        view = torch.cat([view, view[:, -1:]], dim=1)
-        token = torch.cat([token, torch.full_like(token[:, :1], -1)], dim=1)
+        newline = torch.full_like(token[:, :1], -1)
+        view, token = torch.cat([view, newline], dim=1), torch.cat([token, newline], dim=1)
     thumbnail = torch.arange(side * side)
     return torch.cat([torch.zeros_like(thumbnail), view.flatten()]), torch.cat([thumbnail, token.flatten()])
 

@@ -108,7 +108,7 @@ class HiPrune(Pruner):
 
     def select(self, visual: VisualTokens) -> Tensor:
         """Object and deep scores [N] -> kept [budget]."""
-        # The official Qwen code sums over queries where the CLIP one averages; it matters to its subtraction of 1 only.
+        # The official Qwen code sums over queries where the CLIP one averages, which matters to its "- 1" alone.
         has_cls = visual.queries == len(visual) + 1
         scale = 1 if has_cls else visual.queries
         t, h, w = visual.grid

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlmfast.adapter import Adapter
+from vlmfast.adapters.pruning.base import Pruner
 from vlmfast.adapters.pruning.fastervlm import FasterVLM
 from vlmfast.adapters.pruning.grid import Grid
 from vlmfast.adapters.pruning.hiprune import HiPrune
@@ -111,15 +112,27 @@ def resolve(model: Any, methods: Sequence[Adapter | str]) -> tuple[Adapter, ...]
 
 def with_positions(adapters: Sequence[Adapter], positions: str) -> tuple[Adapter, ...]:
     """The same methods with another position policy. Raises ValueError when none of them has positions."""
-    return _replace(adapters, "positions", positions)
+    _require(adapters, "positions")
+    return tuple(_replace(adapter, "positions", positions) for adapter in adapters)
 
 
 def solve_flops(model: Any, adapters: Sequence[Adapter], share: float) -> tuple[Adapter, ...]:
-    """The same methods with `keep` solved for a share of the unpatched prefill FLOPs, vision tower included."""
-    return _replace(adapters, "keep", solve_keep(unwrap(model).config, share))
+    """The same methods with `keep` solved for a share of the unpatched prefill FLOPs, vision tower included.
+
+    Raises ValueError when no method has `keep`, or when the share cannot be reached (naming what can).
+    """
+    _require(adapters, "keep")
+    config = unwrap(model).config
+    tower = family_of(config).tower(config)
+    scores = [score for a in adapters if isinstance(a, Pruner) for score in dict.fromkeys(a.wanted(tower).values())]
+    keep = solve_keep(config, share, scores=scores)
+    return tuple(_replace(adapter, "keep", keep) for adapter in adapters)
 
 
-def _replace(adapters: Sequence[Adapter], name: str, value: Any) -> tuple[Adapter, ...]:
+def _require(adapters: Sequence[Adapter], name: str) -> None:
     if not any(name in adapter.settings() for adapter in adapters):
         raise ValueError(f"none of the methods in {to_spec(adapters)!r} has a setting {name!r}")
-    return tuple(dataclasses.replace(a, **{name: value}) if name in a.settings() else a for a in adapters)
+
+
+def _replace(adapter: Adapter, name: str, value: Any) -> Adapter:
+    return dataclasses.replace(adapter, **{name: value}) if name in adapter.settings() else adapter

@@ -1,1 +1,44 @@
 """Reports from result files: table, Pareto picture, one self-contained page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["Paths", "make"]
+
+
+class Paths(NamedTuple):
+    """Where a report lies."""
+
+    picture: Path
+    page: Path
+
+
+def make(
+    folders: str | Path | Sequence[str | Path], out: str | Path | None = None, console: "Console | None" = None
+) -> Paths:
+    """Report on all finished runs of one or more folders: print the table, write pareto.png and report.html.
+
+    ``out``: folder for both files, made if need be (default: the first of ``folders``). Raises what
+    ``vlmfast.eval.results.load_results`` raises for a folder without results or a damaged file.
+    """
+    from rich.console import Console
+
+    from vlmfast.eval.report import page, plot, rows, table
+    from vlmfast.eval.results import load_results, write_atomic
+
+    folders = [folders] if isinstance(folders, str | Path) else list(folders)
+    sections = rows.arrange(load_results(folders))
+    target = Path(out or folders[0])
+    target.mkdir(parents=True, exist_ok=True)
+    paths = Paths(target / "pareto.png", target / "report.html")
+    light, dark = plot.draw(sections), plot.draw(sections, dark=True)
+    paths.picture.write_bytes(light)
+    write_atomic(paths.page, page.render(sections, light, dark))
+    console = console or Console()
+    table.print_tables(sections, console)
+    console.print(f"\npicture  {paths.picture}\npage     {paths.page}", highlight=False, soft_wrap=True)
+    return paths

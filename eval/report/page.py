@@ -1,0 +1,264 @@
+"""The report as one HTML file that needs nothing else: opens offline, reads well without JavaScript."""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from vlmfast.eval.report import plot, samples, table, text
+from vlmfast.eval.report.rows import CONTROLS, UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
+
+WIDTH, HEIGHT = 300, 190  # of one small chart, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 34, 8, 10, 30
+
+
+def render(sections: Sequence[Section], light: bytes, dark: bytes) -> str:
+    """The page. ``light`` and ``dark``: the Pareto picture as PNG on either ground."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "interval": text.interval,
+        "percent": text.percent,
+        "signed": text.signed,
+        "number": text.number,
+        "timing": text.timing,
+        "count": text.count,
+        "gflops": text.gflops,
+        "kilobytes": text.kilobytes,
+        "metric_name": text.metric_name,
+    }
+    template = environment.from_string(files("vlmfast.eval.report").joinpath("page.html").read_text("utf-8"))
+    pictures = samples.Pictures()
+    shown = [(section, samples.gather(section, pictures)) for section in sections]
+    return template.render(
+        sections=sections,
+        samples=shown,
+        pictures=pictures.found,
+        styles=_slots(sections),
+        light=_data_uri(light),
+        dark=_data_uri(dark),
+        description=describe(sections),
+        leads=[lead(section) for section in sections],
+        charts={section.title: [_chart(section, task.name) for task in section.tasks] for section in sections},
+        details=_details,
+        metric=text.metric,
+        columns=COLUMNS,
+        notes={section.title: table.notes(section) for section in sections},
+        mark=table.MARK,
+        provenance=_provenance(sections),
+        unpatched=UNPATCHED,
+        has_testbed=any(section.model.startswith("testbed:") for section in sections),
+        odd_headlines=_odd_headlines(sections),
+        script=Markup(_SCRIPT),  # noqa: S704 - a constant of this file
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of all runs: its head, its unit, how a row's cell reads and by what it is sorted."""
+
+    head: str
+    unit: str
+    cell: Any
+    key: Any
+
+
+COLUMNS = (
+    Column("accuracy", "%, 95 %", lambda row: text.interval(row.accuracy), lambda row: row.accuracy.value),
+    Column(
+        "vs unpatched",
+        "points, 95 %",
+        lambda row: text.interval(row.difference, difference=True),
+        lambda row: row.difference and row.difference.value,
+    ),
+    Column("tokens", "per image", lambda row: text.count(row.tokens), lambda row: row.tokens),
+    Column("prefill", "GFLOPs", lambda row: text.gflops(row.flops), lambda row: row.flops),
+    Column("share", "% of FLOPs", lambda row: text.percent(row.share, 0), lambda row: row.share),
+    Column("TTFT", "ms", lambda row: text.timing(row.ttft), lambda row: row.ttft and row.ttft.value),
+    Column("speed-up", "of TTFT", lambda row: text.ratio(row.speedup), lambda row: row.speedup and row.speedup.value),
+    Column("decode", "ms/token", lambda row: text.timing(row.decode), lambda row: row.decode and row.decode.value),
+    Column("KV cache", "kB", lambda row: text.kilobytes(row.kv_bytes), lambda row: row.kv_bytes),
+    Column("peak memory", "MB", lambda row: text.number(row.memory_mb), lambda row: row.memory_mb),
+)
+
+
+def lead(section: Section) -> list[str]:
+    """The result in a few sentences: the model as it is, then every method at the keep nearest to a third."""
+    sentences = []
+    base = section.baseline
+    if base is not None:
+        cost = "" if base.flops is None else f" for {text.gflops(base.flops)} GFLOPs of prefill"
+        first = "" if base.ttft is None else f" and {text.timing(base.ttft)} ms to the first token"
+        sentences.append(f"Unpatched: {text.interval(base.accuracy)} % mean accuracy{cost}{first}.")
+    shares = [keep for keep in section.keeps if isinstance(keep, float) and keep < 1]
+    if not shares:
+        return sentences
+    keep = min(shares, key=lambda share: abs(share - 1 / 3))
+    rows = sorted((row for row in section.rows if row.keep == keep), key=lambda row: -row.accuracy.value)
+    parts = [f"{row.label} {text.percent(row.accuracy.value)} %{_price(row)}" for row in rows]
+    sentences.append(f"Keeping {text.percent(keep, 0)} % of the visual tokens: {'; '.join(parts)}.")
+    random = next((row for row in rows if row.label == "random"), None)
+    methods = [row for row in rows if row.label not in CONTROLS]
+    if random is not None and methods and random.accuracy.value >= max(row.accuracy.value for row in methods):
+        sentences.append("At this budget no method is better than pruning at random.")
+    return sentences
+
+
+def describe(sections: Sequence[Section]) -> str:
+    """What the picture shows, for those who do not see it."""
+    parts = []
+    for section in sections:
+        lines = []
+        for label in section.labels:
+            row = section.line(label)[-1]
+            price = "" if row.share is None else f" at {text.percent(row.share, 0)} % of the FLOPs"
+            lines.append(f"{label} falls to {text.percent(row.accuracy.value)} %{price}")
+        start = f" from {text.percent(section.baseline.accuracy.value)} % unpatched" if section.baseline else ""
+        parts.append(f"{section.title}:{start} {', '.join(lines) or 'no method was run'}.")
+    return (
+        "Charts of mean accuracy against prefill FLOPs and against time to first token, one line a method. "
+        + " ".join(parts)
+        + " The table of all runs holds the same numbers."
+    )
+
+
+def _price(row: Row) -> str:
+    """What a run costs against the unpatched model, in brackets."""
+    parts = [] if row.share is None else [f"{text.percent(row.share, 0)} % of the FLOPs"]
+    if row.difference is not None:
+        parts.insert(0, f"{text.signed(row.difference.value)} points")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _chart(section: Section, task: str) -> dict[str, Any]:
+    """Coordinates of a small chart: a task's headline metric against the share of the prefill FLOPs."""
+    rows = [row for row in section.rows if task in row.tasks and row.share is not None]
+    ends = [end for row in rows for end in row.tasks[task]]
+    low, high, ticks = _axis(min(ends, default=0.0), max(ends, default=1.0))
+    start = min((row.share for row in rows), default=0.0) - 0.03
+
+    def x(share: float) -> float:
+        return round(LEFT + (share - start) / (1.03 - start) * (WIDTH - LEFT - RIGHT), 1)
+
+    def y(value: float) -> float:
+        return round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    lines = []
+    for label in (*section.labels, UNPATCHED):
+        line = [(row.share, row.tasks[task]) for row in rows if row.label == label]
+        points = [(x(share or 0), y(v.value), y(v.low), y(v.high)) for share, v in line]
+        path = " ".join(f"{'L' if i else 'M'}{px} {py}" for i, (px, py, _, _) in enumerate(points))
+        lines.append({"label": label, "points": points, "path": path})
+    shares = [share for share in (0.2, 0.4, 0.6, 0.8, 1.0) if share >= start]
+    return {
+        "task": next(t for t in section.tasks if t.name == task),
+        "lines": lines,
+        "y": [(y(tick), text.percent(tick, 0)) for tick in ticks],
+        "x": [(x(share), text.percent(share, 0)) for share in shares],
+        "label": _spoken(section, task),
+    }
+
+
+def _spoken(section: Section, task: str) -> str:
+    """A small chart in words."""
+    parts = []
+    if section.baseline is not None and task in section.baseline.tasks:
+        parts.append(f"unpatched {text.percent(section.baseline.tasks[task].value)} %")
+    for label in section.labels:
+        values = [f"{text.percent(row.tasks[task].value)}" for row in section.line(label) if task in row.tasks]
+        parts.append(f"{label} {', '.join(values)} % with falling keep")
+    return f"{task}: {'; '.join(parts)}."
+
+
+def _axis(low: float, high: float) -> tuple[float, float, list[float]]:
+    """Ends and ticks of an axis that holds low to high: steps of 5, 10, 20 or 25 points."""
+    step = next((s for s in (0.05, 0.1, 0.2) if (high - low) / s <= 4), 0.25)
+    first, last = int(low // step), -int(-high // step)
+    last = max(last, first + 1)
+    return first * step, last * step, [i * step for i in range(first, last + 1)]
+
+
+def _details(section: Section, task: str) -> list[tuple[Row, list[tuple[Interval, Interval | None] | None]]]:
+    """Every metric of a task for every run: value and difference, None where a run does not report it."""
+    names = next(t for t in section.tasks if t.name == task).metrics
+    lines = []
+    for row in section.rows:
+        if task in row.result.tasks:
+            metrics = row.result.tasks[task].metrics
+            cells = [
+                (metric_interval(metrics[name]), difference_interval(metrics[name])) if name in metrics else None
+                for name in names
+            ]
+            lines.append((row, cells))
+    return lines
+
+
+def _odd_headlines(sections: Sequence[Section]) -> dict[str, str]:
+    """Tasks that enter the mean with another metric than accuracy."""
+    return {task.name: task.headline for s in sections for task in s.tasks if task.headline != "accuracy"}
+
+
+def _slots(sections: Sequence[Section]) -> dict[str, tuple[str, plot.Style]]:
+    """A CSS class for every method's style."""
+    return {label: (f"line-{i}", style) for i, (label, style) in enumerate(plot.styles(sections).items())}
+
+
+def _provenance(sections: Sequence[Section]) -> list[dict[str, Any]]:
+    """Runs made by the same command in the same surroundings, together."""
+    groups: dict[str, dict[str, Any]] = {}
+    for section in sections:
+        for row in section.rows:
+            result = row.result
+            facts = {"command": result.command, **result.environment}
+            facts |= {name: getattr(result, name) for name in ("device", "dtype", "seed", "batch", "limit")}
+            facts["limit"] = "all" if result.limit is None else result.limit
+            latency = {k: v for k, v in result.latency.items() if k in ("threads", "repeats", "clock", "memory")}
+            key = json.dumps([facts, latency], sort_keys=True, default=str)
+            group = groups.setdefault(key, {"facts": facts | latency, "runs": []})
+            group["runs"].append(
+                {
+                    "model": result.model,
+                    "spec": result.spec,
+                    "started": result.started,
+                    "seconds": result.seconds,
+                    "weights": result.model_hash[:12],
+                }
+            )
+    return list(groups.values())
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+# Turns the heads of tables of class "sortable" into buttons: first click rising, second falling, third as it was.
+_SCRIPT = """
+for (const table of document.querySelectorAll('table.sortable')) {
+  const body = table.tBodies[0], original = [...body.rows];
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = document.createElement('button');
+    button.type = 'button';
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener('click', () => {
+      const now = head.getAttribute('aria-sort');
+      const next = now === 'ascending' ? 'descending' : now === 'descending' ? null : 'ascending';
+      heads.forEach(other => other.removeAttribute('aria-sort'));
+      if (next) head.setAttribute('aria-sort', next);
+      const sign = next === 'descending' ? -1 : 1;
+      const value = row => row.cells[column].dataset.value ?? '';
+      const compare = (a, b) => {
+        const x = value(a), y = value(b);
+        if (x === '' || y === '') return (x === '') - (y === '');
+        return sign * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y);
+      };
+      body.append(...(next ? [...original].sort(compare) : original));
+    });
+  });
+}
+"""

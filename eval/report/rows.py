@@ -1,0 +1,208 @@
+"""What table, picture and page show: results sorted into sections (one a model) of rows (one a run).
+
+Rows of one section can be compared: same model and weights, same samples, same device.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from vlmfast.eval.results import Metric, Result
+
+CONTROLS = ("random", "grid")
+UNPATCHED = "unpatched"
+
+
+class Interval(NamedTuple):
+    """A value and the ends of its interval: 95 % for metrics, quartiles for timings."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a section: its headline metric, every metric that a run reports, its number of questions."""
+
+    name: str
+    headline: str
+    metrics: tuple[str, ...]
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. Times in ms, FLOPs as counted by the section's convention, None where a run did not measure."""
+
+    label: str  # the spec without its keep: one line in the picture
+    spec: str
+    keep: float | int | None  # None: unpatched
+    accuracy: Interval
+    difference: Interval | None
+    tasks: Mapping[str, Interval]  # headline metrics
+    flops: float | None
+    share: float | None
+    tokens: float | None
+    tokens_before: float | None
+    kv_bytes: float | None
+    ttft: Interval | None
+    decode: Interval | None
+    speedup: Interval | None  # unpatched TTFT / this TTFT, measured in turns
+    memory_mb: float | None
+    result: Result = field(repr=False)
+    beaten: bool = False  # random at the same keep has the higher accuracy
+    beaten_tasks: frozenset[str] = frozenset()
+
+    @property
+    def unpatched(self) -> bool:
+        """Whether this is the model as it is."""
+        return self.keep is None
+
+    @property
+    def keep_text(self) -> str:
+        """The keep as it is typed in a spec: a share, or a whole number of tokens."""
+        return "" if self.keep is None else str(self.keep)
+
+
+@dataclass(frozen=True)
+class Section:
+    """The comparable runs of one model: the unpatched one first, then method by method with falling keep."""
+
+    title: str
+    model: str
+    rows: tuple[Row, ...]
+    tasks: tuple[Task, ...]
+    convention: str
+
+    @cached_property
+    def baseline(self) -> Row | None:
+        """The unpatched run, if it is among the results."""
+        return next((row for row in self.rows if row.unpatched), None)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """The methods in the order of the table, without the unpatched model."""
+        return tuple(dict.fromkeys(row.label for row in self.rows if not row.unpatched))
+
+    @cached_property
+    def keeps(self) -> tuple[float | int, ...]:
+        """Every keep that occurs: shares, then numbers of tokens, each falling."""
+        return tuple(sorted({row.keep for row in self.rows if row.keep is not None}, key=_falling))
+
+    def find(self, label: str, keep: float | int) -> Row | None:
+        """The run of a method at a keep."""
+        return next((row for row in self.rows if row.label == label and row.keep == keep), None)
+
+    def line(self, label: str) -> tuple[Row, ...]:
+        """The runs of a method, keep falling."""
+        return tuple(row for row in self.rows if row.label == label)
+
+
+def arrange(results: Sequence[Result]) -> list[Section]:
+    """Sort results into sections; a model with runs that cannot be compared gets a section for each kind."""
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(tuple(getattr(result, name) for name in _COMPARABLE), []).append(result)
+    sections = []
+    for key, group in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
+        rows = _mark(sorted(map(_row, group), key=_order))
+        conventions = dict.fromkeys(str(r.cost["convention"]) for r in group if r.cost.get("convention"))
+        title = _title(key, [other for other in groups if other[0] == key[0]])
+        sections.append(Section(title, str(key[0]), rows, _tasks(group), "; ".join(conventions)))
+    return sections
+
+
+def line_label(spec: str) -> str:
+    """A spec without its keep, the way a legend shows it: ``hiprune:keep=0.33,alpha=0.2`` -> ``hiprune alpha=0.2``."""
+    parts = []
+    for part in spec.split("+"):
+        name, _, settings = part.partition(":")
+        others = [setting.strip() for setting in settings.split(",") if not re.match(r"\s*(keep\s*=|$)", setting)]
+        parts.append(" ".join([name.strip(), *others]))
+    return "+".join(parts)
+
+
+_COMPARABLE = ("model", "model_hash", "limit", "seed", "device", "dtype")
+
+
+def _title(key: tuple[Any, ...], rivals: list[tuple[Any, ...]]) -> str:
+    """A model's name, with whatever tells its sections apart where it has several."""
+    differing = [i for i in range(1, len(key)) if len({rival[i] for rival in rivals}) > 1]
+    extra = ", ".join(f"{_COMPARABLE[i]} {str(key[i])[:12]}" for i in differing)
+    return f"{key[0]} ({extra})" if extra else str(key[0])
+
+
+def _row(result: Result) -> Row:
+    cost, latency = result.cost, result.latency
+    unpatched = result.spec == "none"
+    return Row(
+        label=UNPATCHED if unpatched else line_label(result.spec),
+        spec=result.spec,
+        keep=None if unpatched else 1.0 if result.keep is None else result.keep,
+        accuracy=metric_interval(result.macro),
+        difference=difference_interval(result.macro),
+        tasks={name: metric_interval(task.metrics[task.headline]) for name, task in result.tasks.items()},
+        flops=cost.get("total_prefill"),
+        share=1.0 if unpatched else cost.get("share_of_unpatched"),
+        tokens=cost.get("visual_tokens"),
+        tokens_before=cost.get("visual_tokens_before"),
+        kv_bytes=cost.get("kv_bytes"),
+        ttft=_timing(latency.get("ttft_ms")),
+        decode=_timing(latency.get("decode_ms_per_token")),
+        speedup=None if unpatched else _timing(latency.get("ttft_speedup")),
+        memory_mb=latency.get("peak_memory_mb"),
+        result=result,
+    )
+
+
+def metric_interval(metric: Metric) -> Interval:
+    """A metric with its 95 % interval."""
+    return Interval(metric.value, metric.low, metric.high)
+
+
+def difference_interval(metric: Metric) -> Interval | None:
+    """A metric's paired difference from the unpatched run; None for that run itself."""
+    if metric.difference is None or metric.difference_low is None or metric.difference_high is None:
+        return None
+    return Interval(metric.difference, metric.difference_low, metric.difference_high)
+
+
+def _timing(value: Mapping[str, float] | None) -> Interval | None:
+    return None if value is None else Interval(value["median"], value["low"], value["high"])
+
+
+def _falling(keep: float | int) -> tuple[bool, float]:
+    return isinstance(keep, int), -float(keep)
+
+
+def _order(row: Row) -> tuple[Any, ...]:
+    """Unpatched, then the controls, then the methods by name; each with falling keep."""
+    control = CONTROLS.index(row.label) if row.label in CONTROLS else len(CONTROLS)
+    return (not row.unpatched, control, row.label, *_falling(row.keep or 0))
+
+
+def _mark(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Mark where random at the same keep scores higher, on the whole and task by task."""
+    random = {row.keep: row for row in rows if row.label == "random"}
+    marked = []
+    for row in rows:
+        rival = random.get(row.keep)
+        if rival is not None and row is not rival:
+            tasks = {n for n in row.tasks if n in rival.tasks and rival.tasks[n].value > row.tasks[n].value}
+            beaten = rival.accuracy.value > row.accuracy.value
+            row = replace(row, beaten=beaten, beaten_tasks=frozenset(tasks))
+        marked.append(row)
+    return tuple(marked)
+
+
+def _tasks(results: Sequence[Result]) -> tuple[Task, ...]:
+    """Every task that occurs in the results, in their order."""
+    tasks = []
+    for name in dict.fromkeys(name for result in results for name in result.tasks):
+        entries = [result.tasks[name] for result in results if name in result.tasks]
+        metrics = dict.fromkeys(metric for entry in entries for metric in entry.metrics)
+        tasks.append(Task(name, entries[0].headline, tuple(metrics), max(entry.n for entry in entries)))
+    return tuple(tasks)

@@ -1,0 +1,122 @@
+"""The report as tables in the terminal: accuracy never without cost, cost never without its convention."""
+
+from rich import box
+from rich.console import Console, Group
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from vlmfast.eval.report import text
+from vlmfast.eval.report.rows import Row, Section
+
+MARK = "†"
+WIDEST = 124  # columns that the tables need at most; used where the output is not a terminal
+
+
+def print_tables(sections: list[Section], console: Console | None = None) -> None:
+    """Print the tables of every section."""
+    console = console or Console()
+    if not console.is_terminal and console.width < WIDEST:
+        console = Console(file=console.file, width=WIDEST, force_terminal=False, no_color=True)
+    for section in sections:
+        console.print(render(section, narrow=console.width < WIDEST))
+
+
+def render(section: Section, *, narrow: bool = False) -> Group:
+    """Both tables of a section and the notes below them; ``narrow`` fits 80 columns."""
+    return Group(
+        Text(f"\n{section.title}\n", style="bold"),
+        summary(section, narrow=narrow),
+        Text(),
+        per_task(section, narrow=narrow),
+        Text(),
+        *(Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes(section)),
+    )
+
+
+def summary(section: Section, *, narrow: bool = False) -> Table:
+    """One row a run: mean accuracy over the tasks and what it costs; ``narrow`` leaves out one interval."""
+    table = _table("Mean over the tasks", narrow)
+    table.add_column("accuracy %\n\\[95 %]", justify="right")
+    table.add_column("vs un-\npatched" if narrow else "vs unpatched\npoints \\[95 %]", justify="right")
+    table.add_column("tokens\n/image", justify="right")
+    table.add_column("prefill\nGFLOPs", justify="right")
+    table.add_column("\n%", justify="right")
+    table.add_column("TTFT\nms", justify="right")
+    if not narrow:
+        table.add_column("speed-\nup", justify="right")
+    table.add_column("decode\nms/tok", justify="right")
+    table.add_column("KV\nkB", justify="right")
+    for row, ends in _with_ends(section):
+        difference = text.interval(row.difference, difference=True)
+        if narrow and row.difference:
+            difference = text.signed(row.difference.value)
+        table.add_row(
+            *_name(row),
+            text.interval(row.accuracy) + _mark(row.beaten),
+            difference,
+            text.count(row.tokens),
+            text.gflops(row.flops),
+            text.percent(row.share, 0),
+            text.timing(row.ttft),
+            *([] if narrow else [text.ratio(row.speedup)]),
+            text.timing(row.decode),
+            text.kilobytes(row.kv_bytes),
+            end_section=ends,
+        )
+    return table
+
+
+def per_task(section: Section, *, narrow: bool = False) -> Table:
+    """One row a run: the headline number of every task, beside the share of the prefill FLOPs."""
+    table = _table("Task by task", narrow)
+    table.add_column("FLOPs\n%", justify="right")
+    for task in section.tasks:
+        head = f"{task.name}\n{text.metric_name(task.headline)}".rstrip()
+        table.add_column(head, justify="right", overflow="fold", min_width=5)
+    for row, ends in _with_ends(section):
+        cells = (
+            text.percent(row.tasks[task.name].value) + _mark(task.name in row.beaten_tasks)
+            if task.name in row.tasks
+            else text.MISSING + " "
+            for task in section.tasks
+        )
+        table.add_row(*_name(row), text.percent(row.share, 0), *cells, end_section=ends)
+    return table
+
+
+def notes(section: Section) -> list[str]:
+    """What a reader must know to read the numbers."""
+    lines = []
+    if section.convention:
+        lines.append(f"FLOPs and KV are means per prompt. {section.convention}.")
+    if any(row.speedup for row in section.rows):
+        lines.append("Speed-up: unpatched TTFT over this TTFT, both measured in turns in one process.")
+    if any(row.beaten or row.beaten_tasks for row in section.rows):
+        lines.append(f"{MARK} random pruning at the same keep scores higher.")
+    if section.baseline is None:
+        lines.append("There is no unpatched run among the results: run vlmfast eval with --method none.")
+    return lines
+
+
+def _table(title: str, narrow: bool) -> Table:
+    table = Table(title=title, title_justify="left", title_style="italic", box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 0) if narrow else (0, 1)
+    table.header_style = "none"
+    table.add_column("method", no_wrap=True)
+    table.add_column("keep", justify="right", no_wrap=True)
+    return table
+
+
+def _name(row: Row) -> tuple[Text, str]:
+    return Text(row.label, style="bold" if row.unpatched else ""), row.keep_text
+
+
+def _mark(marked: bool) -> str:
+    return MARK if marked else " "
+
+
+def _with_ends(section: Section) -> list[tuple[Row, bool]]:
+    """Every row, and whether another method begins after it."""
+    following = [*section.rows[1:], None]
+    return [(row, after is not None and after.label != row.label) for row, after in zip(section.rows, following)]

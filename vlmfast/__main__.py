@@ -1,0 +1,330 @@
+"""Command line: ``vlmfast list | run | eval | bench | report``.
+
+The only core file that may import upwards, and only inside the commands: help must not wait for torch.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+TESTBED = ["testbed:llava", "testbed:qwen2_5_vl"]
+METHODS = ["none", "random", "grid", "fastervlm", "hiprune"]
+KEEPS = "1.0,0.5,0.33,0.2,0.11"
+TOPICS = ("methods", "families", "tasks")
+EXTRAS = {"jinja2": "eval", "matplotlib": "eval", "sklearn": "eval", "psutil": "eval", "datasets": "eval"}
+FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+TOLD = (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError)  # errors that vlmfast raises on purpose
+
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class OneLine(TyperGroup):
+    """A command group that answers wrong input with one line on standard error and exit code 2."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run a command; errors that are no answer to the user keep their traceback."""
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except _UsageError as error:
+            code = complain(error.format_message())
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except ModuleNotFoundError as error:
+            extra_name = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra_name is None:
+                raise
+            code = complain(f"{error.name} is not installed; pip install 'vlmfast[{extra_name}]' brings it")
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone, as in `vlmfast list | head -1`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                code = 1
+            else:
+                code = complain(_system_error(error), FAILED if error.errno in FULL else WRONG)
+        except TOLD as error:
+            if not raised_on_purpose(error.__traceback__):
+                raise
+            failed = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
+            code = complain(str(error), FAILED if failed else WRONG)
+        code = code if isinstance(code, int) else 0
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def complain(message: str, code: int = WRONG) -> int:
+    """One line on standard error; returns the exit code."""
+    typer.echo(f"vlmfast: {' '.join(message.split())}", err=True)
+    return code
+
+
+def raised_on_purpose(trace: TracebackType | None) -> bool:
+    """Whether an error comes from a ``raise`` statement of vlmfast itself: then its message is meant for the user."""
+    import dis
+
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    by_raise = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
+    module = str(trace.tb_frame.f_globals.get("__name__", ""))
+    return by_raise and module.partition(".")[0] in ("vlmfast", "__main__")
+
+
+def _system_error(error: OSError) -> str:
+    """An OSError in plain words: without its number."""
+    if error.errno is None or error.strerror is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+
+
+app = typer.Typer(
+    cls=OneLine,
+    name="vlmfast",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"vlmfast {version('vlmfast')}")
+        raise typer.Exit()
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="""\b
+examples:
+  vlmfast list methods
+  vlmfast run --model testbed:llava --image photo.png --prompt "what colour is the cup ?" --method hiprune:keep=0.33
+  vlmfast eval
+""",
+)
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Make vision-language models cheaper to run and less prone to hallucinate, without retraining."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(
+    "list",
+    epilog="""\b
+examples:
+  vlmfast list
+  vlmfast list methods
+""",
+)
+def list_(
+    topic: Annotated[
+        str | None, typer.Argument(metavar="[methods|families|tasks]", help="What to list (default: all three).")
+    ] = None,
+) -> None:
+    """List methods, model families and tasks."""
+    if topic is not None and topic not in TOPICS:
+        raise ValueError(f"cannot list {topic!r}; there are {', '.join(TOPICS)}")
+    from vlmfast.eval import listing
+
+    listing.show([topic] if topic else TOPICS)
+
+
+MODEL_HELP = "Hugging Face id, folder, testbed:llava or testbed:qwen2_5_vl."
+METHOD_HELP = 'Spec such as hiprune:keep=0.33; join with +; "none" is the model as it is. Repeatable.'
+
+Model = Annotated[str, typer.Option(metavar="ID", help=MODEL_HELP)]
+Models = Annotated[list[str], typer.Option("--model", metavar="ID", help=f"{MODEL_HELP} Repeatable.")]
+Methods = Annotated[list[str], typer.Option("--method", metavar="SPEC", help=METHOD_HELP)]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="NAME", help="See vlmfast list tasks (default: all). Repeatable."),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (default: cuda if there is one, else cpu).")
+]
+Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
+Repeats = Annotated[int, typer.Option(min=1, metavar="N", help="Readings of each time.")]
+
+
+def _number(explanation: str, least: int = 1) -> Any:
+    """An option that takes a whole number."""
+    return typer.Option(min=least, metavar="N", help=explanation)
+
+
+@app.command(
+    epilog="""\b
+examples:
+  vlmfast run --model testbed:llava --image photo.png --prompt "what is red ?" --method hiprune:keep=0.33
+  vlmfast run --model Qwen/Qwen2.5-VL-3B-Instruct --dtype bfloat16 --image photo.jpg \\
+      --prompt "What is written on the sign?" --method fastervlm:keep=0.5 --method random:keep=0.5 --out kept.png
+""",
+)
+def run(
+    model: Model,
+    image: Annotated[Path, typer.Option(metavar="FILE", help="The picture.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The question.")],
+    method: Methods,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG of the kept tokens over the picture.")] = Path(
+        "overlay.png"
+    ),
+    max_new_tokens: Annotated[int, _number("Longest answer.")] = 64,
+    repeats: Repeats = 3,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Answer one question with and without a method.
+
+    Prints both answers, visual tokens, FLOPs and times; writes a PNG of the kept tokens over the picture.
+    """
+    from vlmfast.eval import demo
+
+    demo.run(
+        model,
+        image,
+        prompt,
+        method,
+        out,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        device=device or best_device(),
+        dtype=dtype,
+    )
+
+
+@app.command(
+    "eval",
+    epilog="""\b
+examples:
+  vlmfast eval
+  vlmfast eval --limit 10 --out /tmp/quick
+  vlmfast eval --model testbed:llava --method random --method hiprune --keep 0.5,0.25,16 --task colour --task count
+  vlmfast eval --model llava-hf/llava-1.5-7b-hf --method none --method hiprune --device cuda --dtype bfloat16
+""",
+)
+def evaluate(
+    model: Models = TESTBED,
+    method: Methods = METHODS,
+    keep: Annotated[
+        str, typer.Option(metavar="LIST", help="For specs that name no keep: shares (0.5) or numbers of tokens (64).")
+    ] = KEEPS,
+    task: Tasks = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; what is done stays.")] = Path(
+        "results"
+    ),
+    limit: Annotated[int | None, _number("Images per task (default: what each task takes).")] = None,
+    seed: Annotated[int, _number("Draws the images and the intervals.", 0)] = 0,
+    batch: Annotated[int, _number("Questions answered at a time.")] = 64,
+    workers: Annotated[int | None, _number("Processes, at most one a model (default: by the models' size).")] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Score methods: accuracy, FLOPs, latency.
+
+    Writes one JSON a run, and ends with a table, a Pareto picture (PNG) and one HTML page. Without options it is the
+    main job: both testbed models, every method. Finished runs are kept, interrupted ones go on.
+    """
+    keeps = parse_keeps(keep)
+    from vlmfast.eval import report
+    from vlmfast.eval.runner import evaluate as score
+
+    settings: dict[str, Any] = {"limit": limit, "seed": seed, "batch": batch, "workers": workers, "dtype": dtype}
+    try:
+        score(model, method, keeps, task or None, out, device=device or best_device(), **settings)
+    except KeyboardInterrupt:
+        typer.echo(f"vlmfast: interrupted; what is done is in {out}, the same command goes on from there", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    report.make(out)
+
+
+@app.command(
+    epilog="""\b
+examples:
+  vlmfast bench --model testbed:llava --method hiprune:keep=0.33
+  vlmfast bench --model testbed:qwen2_5_vl --method grid:keep=0.25 --method hiprune:keep=0.25 --repeats 20
+""",
+)
+def bench(
+    model: Model,
+    method: Methods,
+    repeats: Repeats = 10,
+    threads: Annotated[int, _number("CPU threads; with 1, process time is taken.")] = 1,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the numbers as JSON, too.")] = None,
+) -> None:
+    """Measure speed and memory against the unpatched model.
+
+    Everything in one process and in turns, so that the ratios hold on a busy machine, too.
+    """
+    from vlmfast.eval import bench as benchmark
+    from vlmfast.eval.demo import specs_of
+
+    settings: dict[str, Any] = {"repeats": repeats, "threads": threads, "dtype": dtype, "out": out}
+    benchmark.print_table(benchmark.bench(model, specs_of(method), device=device or best_device(), **settings))
+
+
+@app.command(
+    epilog="""\b
+examples:
+  vlmfast report results
+  vlmfast report results-a results-b --out both
+""",
+)
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that vlmfast eval wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where pareto.png and report.html go (default: the first DIR).")
+    ] = None,
+) -> None:
+    """Print the table, write picture and page again."""
+    from vlmfast.eval.report import make
+
+    make(folders, out)
+
+
+def parse_keeps(text: str) -> list[float | int]:
+    """``1.0,0.5,64`` -> [1.0, 0.5, 64]: shares have a point, numbers of tokens have none."""
+    keeps: list[float | int] = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        try:
+            keeps.append(int(part))
+        except ValueError:
+            try:
+                keeps.append(float(part))
+            except ValueError:
+                raise ValueError(
+                    f"--keep {part!r} is no number: give shares such as 0.5 or numbers of tokens such as 64"
+                ) from None
+    return keeps
+
+
+def best_device() -> str:
+    """``cuda`` where there is one, else ``cpu``."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script."""
+    app(args=arguments, prog_name="vlmfast")
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,10 @@ from transformers import (
 )
 
 from vlmfast import cost
+from vlmfast.adapters import from_spec
 from vlmfast.cost import kv_bytes, nominal_grid, prefill_flops, prompt_cost, solve_keep, visual_tokens
+from vlmfast.families import family_of
+from vlmfast.inputs import encode_images
 from vlmfast.visual import Score
 
 DATA = json.loads((Path(__file__).parent / "data" / "flops_rows.json").read_text())
@@ -177,6 +180,25 @@ def test_statistics_cost_their_rows_of_q_k(case, kind):
     for layer in (0, 1):
         expected = sum(2 * 32 * n * (n if kind == "column_mean" else 1) for n in spans[layer])
         assert prompt_cost(config, text=5, images=images, scores=[Score(layer, kind)]).selection == expected
+
+
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    [
+        ("llava, two images", "random"),
+        ("llava, two images", "fastervlm"),
+        ("llava, two images", "hiprune"),
+        ("qwen2_5_vl, windows cut at the border", "hiprune"),  # FasterVLM needs a CLS token
+    ],
+)
+def test_statistics_equal_torchs_counter(case, spec):
+    """What a method's statistics really multiply, beyond the tower's own work."""
+    config, images = CASES[case]
+    model, inputs, methods = build(config), image_inputs(config, images), from_spec(spec)
+    scores = list(methods[0].wanted(family_of(config).tower(config)).values())
+    alone = count(lambda: model.model.get_image_features(**inputs))
+    with_statistics = count(lambda: encode_images(model, methods, **inputs))
+    assert with_statistics - alone == prompt_cost(config, text=5, images=images, scores=scores).selection
 
 
 def unit(figure: float, row: dict[str, Any]) -> float:

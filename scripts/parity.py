@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,12 @@ def equal(ours: Tensor, theirs: Tensor) -> bool:
     return torch.equal(ours.long(), theirs.long())
 
 
-def main() -> int:
-    """Command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line. -> exit code"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of NAME.npz + NAME.json")
     parser.add_argument("names", nargs="*", help="sets to compare (default: all in the folder)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     there = sorted(path.stem for path in options.folder.glob("*.json") if path.with_suffix(".npz").exists())
     if not there:
         print(f"{options.folder}: no golden set (NAME.npz with NAME.json)", file=sys.stderr)
@@ -167,7 +167,7 @@ def main() -> int:
             continue
         try:
             total, failures = compare(options.folder, name)
-        except (KeyError, OSError, ValueError) as error:
+        except (EOFError, KeyError, OSError, ValueError) as error:
             print(f"{options.folder / name}: unusable golden set: {error!r}", file=sys.stderr)
             return 2
         print(f"{name}: {total - len(failures)}/{total}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(os.environ.get("VLMFAST_GOLDEN", ROOT.parent / "shared" / "golden"))
 VOCABULARY, IMAGE, PAD = 97, 90, 0
 
 
@@ -175,3 +179,11 @@ def vlm(shared_vlm: Vlm) -> Any:
 def fresh() -> Any:
     """build(name) -> a new tiny model, for tests that change weights or modes."""
     return build
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say in one visible line when there was nothing to compare with."""
+    if not GOLDEN.is_dir():
+        terminalreporter.write_line(
+            f"golden files: {GOLDEN} is absent, parity with the official codes was not compared"
+        )

@@ -29,11 +29,16 @@ class Random(Pruner):
     paper = "arXiv:2403.06764"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed!r}: an int from 0 to 2**32 - 1")
+
     def select(self, visual: VisualTokens) -> Tensor:
         """[N] -> random indices [budget]."""
         if visual.pixels is None:
             raise ValueError("random needs the image's pixels to seed its draw; encode with encode_images")
-        pixels = zlib.crc32(visual.pixels.detach().float().cpu().contiguous().numpy().tobytes())
-        draw = torch.Generator().manual_seed(pixels + (self.seed << 32))
+        pixels = visual.pixels.detach().float().cpu().contiguous().numpy().tobytes()
+        draw = torch.Generator().manual_seed(zlib.crc32(pixels, self.seed))  # only 32 bits of a seed count on CPU
         order = torch.randperm(len(visual), generator=draw)
         return order[: budget(self.keep, len(visual))].to(visual.features.device)

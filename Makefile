@@ -1,0 +1,41 @@
+# Everything a newcomer needs: `make eval` and `make test`. Python 3.10 or newer, nothing else installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+SOURCES := vlmfast adapters eval scripts tests
+
+.PHONY: eval test format check typecheck bench
+
+# The main job: the shipped models under every method and budget, then table, picture and page. Options through ARGS,
+# for example `make eval ARGS="--limit 20 --out results/quick"`.
+eval: $(VENV)/installed
+	$(BIN)/vlmfast eval $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q $(ARGS)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+check: $(VENV)/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+# Type checkers do not see the mapped folders adapters/ and eval/, so what ships is checked.
+typecheck: $(VENV)/installed
+	rm -rf build
+	$(BIN)/pip install -q --no-deps --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p vlmfast
+
+# Speed as ratios measured in one process; see scripts/bench.py --help.
+bench: $(VENV)/installed
+	$(BIN)/python scripts/bench.py $(ARGS)
+
+# torch first and pinned: see constraints.txt.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[eval,train,dev]'
+	touch $@

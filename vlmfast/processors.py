@@ -15,7 +15,7 @@ from transformers.utils import cached_file, is_torchvision_available
 
 logger = logging.getLogger(__name__)
 _FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-_QWEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor", "ImageOnlyQwenProcessor")
+_QWEN = ("Qwen2VLProcessor", "Qwen2_5_VLProcessor")
 
 
 class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
@@ -30,6 +30,10 @@ class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+# Saved folders name the class by __name__; pickling goes by __qualname__ and still finds this one.
+ImageOnlyQwenProcessor.__name__ = "Qwen2_5_VLProcessor"
 
 
 def load_processor(path_or_id: str | Path) -> Any:

@@ -5,6 +5,8 @@ projector, Llama. ``qwen2_5_vl``: patch 6, window attention but for two blocks, 
 M-RoPE. One vocabulary of whole words serves both.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,3 +141,13 @@ def new_processor(name: str) -> Any:
         patch_size=6, merge_size=2, temporal_patch_size=2, min_pixels=48 * 48, max_pixels=240 * 240, **scaling
     )
     return ImageOnlyQwenProcessor(pictures, tokenizer, chat_template=template)
+
+
+def save_processor(name: str, folder: Path) -> None:
+    """Write a model's processor; Qwen's also with the video settings that the ordinary class reads."""
+    new_processor(name).save_pretrained(folder)
+    if name == "qwen2_5_vl":
+        pictures = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+        pictures.pop("image_processor_type")
+        video = {"video_processor_type": "Qwen2VLVideoProcessor", **pictures}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n")

@@ -29,8 +29,17 @@ def gather(values: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention in fp32 [B, H, L, d / H], joined to [B, L, d]."""
-    out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    """Attention [B, H, L, d / H], joined to [B, L, d].
+
+    Under autocast it is written out in bf16: on a CPU the backward pass of the fused kernel costs twice as much.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.device.type == "cpu":
+        scores = (q * q.shape[-1] ** -0.5).bfloat16() @ k.bfloat16().transpose(2, 3)
+        if mask is not None:
+            scores = scores + mask.bfloat16()
+        out = scores.softmax(-1) @ v.bfloat16()
+    else:
+        out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -147,24 +156,35 @@ class Rows:
         return loss.sum() / (heads * self.weight.sum().clamp_min(1))
 
 
-def language(model: Any, embeds: Tensor, positions: Tensor, mask: Tensor, rows: dict[int, Rows]) -> tuple[Tensor, Tensor]:
-    """The language model on embeds [B, L, d] with additive mask [B, 1, L, L] and positions [B, L] or [3, B, L].
+def language(
+    model: Any, embeds: Tensor, positions: Tensor, first: int, mask: Tensor, rows: dict[int, Rows]
+) -> tuple[Tensor, Tensor]:
+    """The language model on embeds [B, L, d], the first ``first`` tokens shared by all questions that follow (T).
 
-    Returns the normed hidden states [B, L, d] and the attention loss summed over the supervised layers.
+    ``mask`` [B, 1, T, L] is what is added to the text's scores, positions [B, L] or [3, B, L]. Returns the normed
+    hidden states of the text [B, T, d] and the attention loss summed over the supervised layers.
     """
     text = model.model.language_model
     cos, sin = (t.unsqueeze(1).float() for t in text.rotary_emb(embeds.float(), positions))
     x, loss = embeds, embeds.new_zeros(())
     for i, layer in enumerate(text.layers):
         h, attention = layer.input_layernorm(x), layer.self_attn
-        q, k, v = (
-            proj(h).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2).float()
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        last = i == len(text.layers) - 1
+        asking = h[:, first:] if last else h
+        k, v = (proj(h).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.k_proj, attention.v_proj))
+        q = attention.q_proj(asking).unflatten(-1, (-1, attention.head_dim))
+        q, k, v = (t.transpose(1, 2).float() for t in (q, k, v))
+        q, k = rotate(q, cos[:, :, -q.shape[2] :], sin[:, :, -q.shape[2] :]), rotate(k, cos, sin)
         k, v = (t.repeat_interleave(attention.num_key_value_groups, 1) for t in (k, v))
+        late = q if last else q[:, :, first:]
         if i in rows:
-            loss = loss + rows[i].loss(q, k, mask)
-        x = x + attention.o_proj(attend(q, k, v, mask))
+            loss = loss + rows[i].loss(late, k, mask)
+        out = attend(late, k, v, mask)
+        if last:
+            x = x[:, first:]
+        else:
+            causal = torch.full((first, first), -1e4, device=q.device).triu(1)
+            out = torch.cat([attend(q[:, :, :first], k[:, :, :first], v[:, :, :first], causal), out], 1)
+        x = x + attention.o_proj(out)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return text.norm(x), loss

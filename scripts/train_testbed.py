@@ -1,0 +1,81 @@
+"""Train the testbed's models from nothing, export them and measure them.
+
+    python scripts/train_testbed.py data                       # draw the training scenes (two minutes)
+    python scripts/train_testbed.py train llava                # resumable; some hours on a core, minutes on a GPU
+    python scripts/train_testbed.py export llava               # write eval/testbed/llava
+    python scripts/train_testbed.py evaluate llava             # accuracy of the shipped folder, unpruned and pruned
+
+Everything goes to ``runs/testbed``; a second ``train`` goes on where the first one stopped.
+"""
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from vlmfast.eval import testbed
+from vlmfast.eval.testbed import build, measure, training
+from vlmfast.eval.testbed.corpus import Corpus, write_corpus
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+RUNS = Path(__file__).resolve().parents[1] / "runs" / "testbed"
+Name = Annotated[str, typer.Argument(help="llava or qwen2_5_vl")]
+STAGES = {
+    "llava": [
+        training.Stage("tower", 5000, 16, 1.0e-3, sparse=0.8),
+        training.Stage("align", 100, 16, 1e-3),
+        training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.0), sparse=0.6),
+        training.Stage("vary", 400, 16, 3e-4, vary=True, decay=0.5),
+    ],
+    "qwen2_5_vl": [
+        training.Stage("tower", 3200, 16, 1.0e-3, sparse=0.9),
+        training.Stage("align", 100, 16, 1e-3),
+        training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.0), sparse=0.6),
+        training.Stage("vary", 400, 16, 3e-4, vary=True, decay=0.5),
+    ],
+}
+
+
+@app.command()
+def data(scenes: int = 100_000, workers: int = 2) -> None:
+    """Draw the training and validation scenes."""
+    write_corpus(RUNS / "validation", "validation", 600, workers)
+    typer.echo(f"{len(write_corpus(RUNS / 'train', 'train', scenes, workers))} scenes in {RUNS / 'train'}")
+
+
+@app.command()
+def train(name: Name, device: str = "cpu", threads: int = 1, until: str = "vary", seed: int = 0) -> None:
+    """Train a model through its stages, from where it stands."""
+    torch.set_num_threads(threads)
+    names = [stage.name for stage in STAGES[name]]
+    run = training.Run(RUNS / name, name, seed, device)
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopping", True))
+    run.train(STAGES[name][: names.index(until) + 1], Corpus(RUNS / "train"))
+
+
+@app.command()
+def validate(name: Name, scenes: int = 100, threads: int = 1) -> None:
+    """Accuracy of the checkpoint on validation scenes, with all visual tokens and with few."""
+    torch.set_num_threads(threads)
+    run = training.Run(RUNS / name, name)
+    run.model.eval()
+    typer.echo(f"{name} {run.stage} {run.step}")
+    for select in ("all", "oracle", "attention", "random"):
+        found = measure.accuracy(run.model, name, "validation", scenes, select)
+        typer.echo(f"{select:10s}" + "  ".join(f"{task} {right / n:.2f}" for task, (right, n) in found.items()))
+
+
+@app.command()
+def export(name: Name) -> None:
+    """Write the checkpoint's model and its processor as a Hugging Face folder into the package (bf16)."""
+    run = training.Run(RUNS / name, name)
+    target = testbed.folder(name)
+    run.model.to(torch.bfloat16).save_pretrained(target)
+    build.save_processor(name, target)
+    typer.echo(f"{target}: {(target / 'model.safetensors').stat().st_size / 2**20:.1f} MiB after {run.stage} {run.step}")
+
+
+if __name__ == "__main__":
+    app()

@@ -256,7 +256,8 @@ def evaluate(
     epilog="""\b
 examples:
   vlmfast bench --model testbed:llava --method hiprune:keep=0.33
-  vlmfast bench --model testbed:qwen2_5_vl --method grid:keep=0.25 --method hiprune:keep=0.25 --repeats 20
+  vlmfast bench --model testbed:qwen2_5_vl --method none --method hiprune:keep=0.25 --repeats 20
+  vlmfast bench --model llava-0.5b --method hiprune:keep=0.33     (random weights; also: qwen2.5-vl, small)
 """,
 )
 def bench(
@@ -273,10 +274,9 @@ def bench(
     Everything in one process and in turns, so that the ratios hold on a busy machine, too.
     """
     from vlmfast.eval import bench as benchmark
-    from vlmfast.eval.demo import specs_of
 
     settings: dict[str, Any] = {"repeats": repeats, "threads": threads, "dtype": dtype, "out": out}
-    benchmark.print_table(benchmark.bench(model, specs_of(method), device=device or best_device(), **settings))
+    benchmark.print_table(benchmark.bench(model, method, device=device or best_device(), **settings))
 
 
 @app.command(

@@ -33,6 +33,7 @@ import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.attention import attention_rows, statistic
 from vlmfast.cost import CONVENTION, Cost, prompt_cost
+from vlmfast.encoding import encode_images
 from vlmfast.eval import testbed
 from vlmfast.eval.environment import describe
 from vlmfast.eval.latency import (
@@ -52,7 +53,6 @@ from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.testbed.scenes import scene
 from vlmfast.families import family_of
-from vlmfast.inputs import encode_images
 from vlmfast.visual import Score
 
 TEXT = 48  # text tokens of the prompts for models with random weights

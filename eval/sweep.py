@@ -4,6 +4,7 @@ The order of work is fixed by the arguments alone, batches included, so that a s
 gives the same answers as one that was not: whole batches are kept, a batch that was cut short is answered again.
 """
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.cost import CONVENTION, prompt_cost
+from vlmfast.encoding import encode_images, encoder_outputs
 from vlmfast.eval.environment import describe
 from vlmfast.eval.latency import Clock, generation, interleave, measure, ratio, use_threads
 from vlmfast.eval.metrics import Counts
@@ -28,7 +30,6 @@ from vlmfast.eval.prompts import Prompts, Row
 from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, write_result
 from vlmfast.eval.tasks import TASKS, Doc, image
 from vlmfast.families import family_of
-from vlmfast.inputs import encode_images, encoder_outputs
 from vlmfast.visual import VisualTokens
 
 UNPATCHED = "none"
@@ -75,8 +76,13 @@ def sweep(job: Job, notify: Notify) -> None:
     """Make every run of the job; what is done is on the disk whenever this stops."""
     with use_threads(job.threads), torch.no_grad():
         work = Sweep(job)
-        for spec in job.specs:
-            work.run(spec, notify)
+        gc.collect()
+        gc.freeze()  # timings collect garbage between readings: only what is made from now on need be looked through
+        try:
+            for spec in job.specs:
+                work.run(spec, notify)
+        finally:
+            gc.unfreeze()
 
 
 class Sweep:
@@ -286,22 +292,22 @@ class Sweep:
             text = len(self.row(doc)["input_ids"]) - len(visual)
             record = records[doc.id]
             prompts[text, grid, len(visual), record["kept"], record["tokens"]] += 1
-        sums: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-        unpatched = kept_mean = before = 0.0
+        sums: Counter[str] = Counter()
         for (text, grid, tokens, kept, generated), times in prompts.items():
             cost = prompt_cost(config, text=text, images=[grid], kept=[kept], generated=generated, scores=scores)
             for part in PARTS:
-                sums[part] += times / len(self.docs) * getattr(cost, part)
-            unpatched += times / len(self.docs) * prompt_cost(config, text=text, images=[grid]).total_prefill
-            kept_mean += times / len(self.docs) * kept
-            before += times / len(self.docs) * tokens
+                sums[part] += times * getattr(cost, part)
+            sums["unpatched"] += times * prompt_cost(config, text=text, images=[grid]).total_prefill
+            sums["kept"] += times * kept
+            sums["before"] += times * tokens
+        mean = {name: total / len(self.docs) for name, total in sums.items()}
         return {
             "convention": CONVENTION,
-            **{part: round(value) for part, value in sums.items()},
-            "share_of_unpatched": sums["total_prefill"] / unpatched,
-            "visual_tokens": kept_mean,
-            "visual_tokens_before": before,
-            "visual_tokens_per_layer": [kept_mean] * config.get_text_config().num_hidden_layers,
+            **{part: round(mean[part]) for part in PARTS},
+            "share_of_unpatched": sums["total_prefill"] / sums["unpatched"],
+            "visual_tokens": mean["kept"],
+            "visual_tokens_before": mean["before"],
+            "visual_tokens_per_layer": [mean["kept"]] * config.get_text_config().num_hidden_layers,
         }
 
     def latency(self, spec: str) -> dict[str, Any]:

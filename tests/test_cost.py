@@ -21,8 +21,8 @@ from transformers import (
 from vlmfast import cost
 from vlmfast.adapters import from_spec
 from vlmfast.cost import kv_bytes, nominal_grid, prefill_flops, prompt_cost, solve_keep, visual_tokens
+from vlmfast.encoding import encode_images
 from vlmfast.families import family_of
-from vlmfast.inputs import encode_images
 from vlmfast.visual import Score
 
 DATA = json.loads((Path(__file__).parent / "data" / "flops_rows.json").read_text())

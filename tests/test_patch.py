@@ -14,8 +14,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import vlmfast
 from vlmfast.adapters import ADAPTERS, from_spec
 from vlmfast.cost import nominal_grid, prompt_cost, visual_tokens
+from vlmfast.encoding import encode_images, encoder_outputs
 from vlmfast.families import family_of
-from vlmfast.inputs import encode_images, encoder_outputs
 
 METHOD = "hiprune:keep=0.4"
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]

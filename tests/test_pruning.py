@@ -12,7 +12,7 @@ from vlmfast.adapters.pruning.fastervlm import FasterVLM
 from vlmfast.adapters.pruning.grid import Grid, even_grid
 from vlmfast.adapters.pruning.hiprune import HiPrune, hierarchical, neighbours
 from vlmfast.adapters.pruning.random import Random
-from vlmfast.inputs import encode_images
+from vlmfast.encoding import encode_images
 from vlmfast.visual import VisualTokens, budget, canvas_order, top, window_order
 
 

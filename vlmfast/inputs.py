@@ -6,7 +6,7 @@ token types and labels; dropped features leave the encoder's output. Masks insid
 modes then need no care of their own.
 
 What later calls on the same cache need to know (which of its columns are padding, how many the user counts that it
-does not hold, where positions go on) travels with the cache: see `CacheState`.
+does not hold, where positions go on) travels with the cache: see vlmfast.conversation.
 """
 
 from __future__ import annotations
@@ -17,145 +17,22 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmfast.attention import KEYWORD, Taps, tap
+from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.cost import prompt_cost
-from vlmfast.families import Family, Positions, Tower
-from vlmfast.patching import HANDLE, ImageReport, Patch, Report, shallow, unwrap
+from vlmfast.encoding import IMAGES, ImageEncoder, Selector
+from vlmfast.families import Family, Positions
+from vlmfast.patching import HANDLE, ImageReport, Patch, Report, shallow
+from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
 from vlmfast.visual import Score, VisualTokens
 
-IMAGES = "vlmfast_images"  # on an encoder output: its VisualTokens
 KEPT = "vlmfast_kept"  # on an encoder output: what each selector keeps, so that it is chosen once
-STATE = "vlmfast_state"  # on a cache: its CacheState
 DONE = "vlmfast_prepared"  # keyword of a forward whose inputs are already rewritten
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-
-
-class Selector(Protocol):
-    """What door 1 needs of a pruning method."""
-
-    def wanted(self, tower: Tower) -> dict[str, Score]:
-        """The statistics the method needs, under its own names."""
-        ...
-
-    def choose(self, visual: VisualTokens) -> Tensor:
-        """Kept indices of one image, ascending. -> int64 [kept]"""
-        ...
-
-
-@dataclass
-class CacheState:
-    """What must be remembered of the prompts a cache holds.
-
-    mask: [B, C] 1 for real tokens, 0 for padding, for the first C columns of the cache. columns: how many columns the
-    user's own attention mask has for them. shift: [B] what compact positions lag behind the original ones.
-    following: [B] original position of the token after these columns. padded: whether mask has a 0.
-    """
-
-    mask: Tensor
-    columns: int
-    shift: Tensor
-    following: Tensor
-    padded: bool
-
-    @property
-    def dropped(self) -> int:
-        """Columns the user counts and the cache does not hold."""
-        return self.columns - self.mask.shape[1]
-
-    def extend(self, mask: Tensor | None, held: int, new: int) -> Tensor:
-        """The mask [B, held + new] of a cache of `held` columns and `new` tokens.
-
-        mask: the user's own, either over all columns counted by the user or already over the cache's; or None.
-        """
-        rows, seen = self.mask.shape
-        if held < seen:
-            raise ValueError(
-                f"the cache holds {held} columns, fewer than the {seen} of the pruned prompt: "
-                "cropping into a pruned prompt is not supported, start a fresh cache"
-            )
-        later = held + new - seen
-        if mask is None:
-            return torch.cat([self.mask, self.mask.new_ones(rows, later)], dim=1)
-        if mask.shape[0] != rows:
-            raise ValueError(f"attention_mask has {mask.shape[0]} rows, the cache was filled with {rows}")
-        if mask.shape[1] == held + new:
-            return mask
-        if mask.shape[1] == self.columns + later:
-            return torch.cat([self.mask.to(mask), mask[:, self.columns :]], dim=1)
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns; expected {self.columns + later} (the whole conversation) "
-            f"or {held + new} (what the pruned cache holds)"
-        )
-
-
-class ImageEncoder:
-    """Stands for the base model's `get_image_features`: takes the statistics and attaches the VisualTokens."""
-
-    def __init__(self, patch: Patch, scores: Sequence[Score]) -> None:
-        self.original = patch.base.get_image_features
-        functools.update_wrapper(self, self.original)  # generate() reads the signature
-        self.family, self.config, self.tower, self.scores = (
-            patch.family,
-            patch.model.config,
-            patch.tower,
-            tuple(scores),
-        )
-        for score in self.scores:
-            self.tower.check(score)
-        modules = self.family.attention_modules(patch.base)
-        self.modules = {score.layer: modules[score.layer] for score in self.scores}
-        tap(patch, list(self.modules.values()))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original, with `VisualTokens` attached to the output."""
-        taps = Taps({id(module): [s for s in self.scores if s.layer == i] for i, module in self.modules.items()})
-        inputs = inspect.signature(self.original).bind(*args, **kwargs).arguments
-        extra = {KEYWORD: taps} if self.scores else {}
-        output = self.original(*args, **kwargs, **extra)
-        taps.closed = True
-        if isinstance(output, tuple):  # return_dict=False: nowhere to attach anything
-            return output
-        setattr(
-            output, IMAGES, self.family.layout(self.tower, self.config, inputs, output.pooler_output, taps.collected)
-        )
-        return output
-
-
-def encode_images(model: Any, methods: Sequence[Any], **inputs: Any) -> list[VisualTokens]:
-    """Encode images once for several methods: one VisualTokens an image, without gradient.
-
-    model: an unpatched model; methods: pruning adapters (others want nothing of the images); inputs: what the
-    processor gave for the images (`pixel_values`, `image_grid_thw`, ...). Raises RuntimeError on a patched model.
-    """
-    target = unwrap(model)
-    if HANDLE in target.__dict__:
-        raise RuntimeError("encode_images needs the unpatched model: call vlmfast.unpatch(model) first")
-    patch = Patch(target)
-    wanted = [
-        score for method in methods if hasattr(method, "wanted") for score in method.wanted(patch.tower).values()
-    ]
-    try:
-        encoder = ImageEncoder(patch, list(dict.fromkeys(wanted)))
-        with torch.no_grad():
-            return getattr(encoder(**inputs, return_dict=True), IMAGES)
-    finally:
-        patch.close()
-
-
-def encoder_outputs(images: Sequence[VisualTokens]) -> dict[str, Any]:
-    """`mm_encoder_outputs` for `model(...)` or `model.generate(...)` from images encoded before.
-
-    images: in the order of their placeholders in the batch.
-    """
-    output = BaseModelOutputWithPooling(pooler_output=[image.features for image in images])
-    setattr(output, IMAGES, list(images))
-    return {"image": output}
 
 
 @dataclass
@@ -262,15 +139,15 @@ class Door:
         if state is None and keep.all():
             return self._with_images(kwargs, images)
         positions = self.original_positions(kwargs, state, held, images=True)
-        following = _next(positions, full[:, held:])
-        shift = torch.zeros_like(following) if state is None else state.shift
+        next_position = following(positions, full[:, held:])
+        shift = torch.zeros_like(next_position) if state is None else state.shift
         if self.positions == "compact":
-            positions, more = self.compact(positions - shift.view(-1, 1), keep, selected)
+            positions, more = compact(positions - shift.view(-1, 1), keep, selected)
             shift = shift + more
         kwargs = dict(kwargs)
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise NotImplementedError("logits_to_keep as indices: pruning moves them; pass an int")
-        index, live = _gather_index(keep & full[:, held:].bool())
+        index, live = gather_index(keep & full[:, held:].bool())
         kwargs["input_ids"] = ids.gather(1, index).masked_fill(~live, self.pad)
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         for name in TOKEN_TYPES:
@@ -283,11 +160,11 @@ class Door:
         # borders of packed sequences and masks across them.
         kwargs["attention_mask"] = pruned
         columns = new + (held if state is None else held + state.dropped)
-        later = CacheState(pruned, columns, shift, following, padded=bool((pruned == 0).any()))
+        later = CacheState(pruned, columns, shift, next_position, padded=bool((pruned == 0).any()))
         if cache_holds_state and cache is not None:
             setattr(cache, STATE, later)
         images = shallow(images)
-        images.pooler_output = [visual.features[kept.to(visual.features.device)] for visual, kept, _, _ in selected]
+        images.pooler_output = [one.visual.features[one.kept.to(one.visual.features.device)] for one in selected]
         setattr(images, STATE, later)
         return self._with_images(kwargs, images)
 
@@ -312,34 +189,32 @@ class Door:
     def _with_images(kwargs: dict[str, Any], images: Any) -> dict[str, Any]:
         return {**kwargs, "mm_encoder_outputs": {**(kwargs.get("mm_encoder_outputs") or {}), "image": images}}
 
-    def select(
-        self, ids: Tensor, images: Any, real: Tensor
-    ) -> tuple[Tensor, list[tuple[VisualTokens, Tensor, int, Tensor]]]:
-        """Which tokens stay. ids, real (not padding): [B, L] -> keep [B, L]; (visual, kept, row, columns) each."""
+    def select(self, ids: Tensor, images: Any, real: Tensor) -> tuple[Tensor, list[Selected]]:
+        """Which tokens stay. ids, real (not padding): [B, L] -> keep [B, L], and the images of the batch."""
         keep = torch.ones_like(ids, dtype=torch.bool)
         places = ids == self.token
         visuals: list[VisualTokens] | None = getattr(images, IMAGES, None)
         if visuals is None:
             raise ValueError(
                 "mm_encoder_outputs were made without vlmfast; pass pixel_values, or encode the images with "
-                "vlmfast.inputs.encode_images"
+                "vlmfast.encoding.encode_images"
             )
         chosen: dict[Any, list[Tensor]] = images.__dict__.setdefault(KEPT, {})
         if self.selector not in chosen:
             chosen[self.selector] = [self._choose(visual) for visual in visuals]
-        selected = []
-        for row, image in _rows_of_images(places.sum(1).tolist(), [len(visual) for visual in visuals]):
+        selected: list[Selected] = []
+        for row, image in rows_of_images(places.sum(1).tolist(), [len(visual) for visual in visuals]):
             visual, kept = visuals[image], chosen[self.selector][image]
-            start = sum(len(v) for v, _, r, _ in selected if r == row)
+            start = sum(len(one.visual) for one in selected if one.row == row)
             columns = places[row].nonzero().flatten()[start : start + len(visual)]
             dropped = torch.ones(len(visual), dtype=torch.bool)
             dropped[kept.cpu()] = False
             keep[row, columns[dropped.to(columns.device)]] = False
-            selected.append((visual, kept, row, columns))
+            selected.append(Selected(visual, kept, row, columns))
         repeat = max(1, len(selected) // len(visuals))  # beams and return sequences repeat a prompt: report it once
         texts = [int(count) for count in (real & ~places).sum(1)]
         self.last = [
-            _Row(texts[row], [(visual.grid, kept) for visual, kept, r, _ in selected if r == row])
+            _Row(texts[row], [(one.visual.grid, one.kept) for one in selected if one.row == row])
             for row in range(0, len(ids), repeat)
         ]
         return keep, selected
@@ -378,33 +253,6 @@ class Door:
             mm_token_type_ids=kwargs["mm_token_type_ids"][:, -new:],
         )
         return axes + start.view(1, -1, 1) if state is not None else axes
-
-    def compact(
-        self, positions: Tensor, keep: Tensor, selected: list[tuple[VisualTokens, Tensor, int, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Renumber without gaps. -> (positions, shift [B]: how far the text after the images moved)
-
-        One axis: a position falls by the number of tokens dropped before it. M-RoPE: inside an image, the distinct
-        values of each axis are numbered densely; what follows starts after the largest of them.
-        """
-        if positions.ndim == 2:
-            gone = (~keep).long().cumsum(1)
-            return positions - gone, gone[:, -1]
-        positions = positions.clone()
-        axes = positions[-3:]
-        shift = torch.zeros(keep.shape[0], dtype=torch.long, device=keep.device)
-        for _, kept, row, columns in selected:
-            image = columns[kept.to(columns.device)]
-            first = axes[:, row, columns].min()
-            end = axes[:, row, columns].max() + 1
-            for axis in axes:
-                axis[row, image] = first + axis[row, image].unique(return_inverse=True)[1]
-            moved = end - (axes[:, row, image].max() + 1)
-            axes[:, row, columns[-1] + 1 :] -= moved
-            shift[row] += moved
-        if len(positions) == 4:  # the text row, which numbers the sequence itself
-            positions[0] = positions[0] - (~keep).long().cumsum(1)
-        return positions, shift
 
     def report(self, report: Report) -> Report:
         """Add the images of the last prompts to a report."""
@@ -502,56 +350,3 @@ class Generate:
         kwargs["position_ids"] = start.view(-1, 1) + torch.arange(new, device=ids.device)
         for name in ("mm_token_type_ids", "image_grid_thw"):
             kwargs.pop(name, None)  # they tell of images that are in the cache already
-
-
-def state_of(cache: Any) -> CacheState | None:
-    """The state a cache carries; one left over from before a reset is removed."""
-    state = getattr(cache, STATE, None)
-    if state is not None and int(cache.get_seq_length()) == 0:
-        delattr(cache, STATE)
-        return None
-    return state
-
-
-def _next(positions: Tensor, mask: Tensor) -> Tensor:
-    """Position after the last real token: [B, L] or [A, B, L] -> [B]."""
-    flat = positions if positions.ndim == 2 else positions[-3:].amax(0)
-    return flat.masked_fill(mask == 0, -1).amax(1) + 1
-
-
-def _gather_index(live: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns that stay, packed to the side where the batch has its content. [B, L] -> index [B, M], real [B, M]."""
-    width = max(1, int(live.sum(1).max()))
-    right_padded = bool((~live[:, -1]).any()) and bool(live[:, 0].all())
-    order = ((~live) if right_padded else live).long().argsort(dim=1, stable=True)
-    index = order[:, :width] if right_padded else order[:, -width:]
-    return index, live.gather(1, index)
-
-
-def _rows_of_images(places: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """(row, image) pairs in the order of the placeholders.
-
-    places: placeholders per row; sizes: visual tokens per image. Beams and return sequences repeat every row, with
-    the images of the row repeated as a group.
-    """
-    total, wanted = sum(places), sum(sizes)
-    if wanted == 0 or total % wanted:
-        raise ValueError(f"the prompts have {total} image placeholders, the images {wanted} visual tokens")
-    repeat = total // wanted
-    pairs: list[tuple[int, int]] = []
-    image = 0
-    for first in range(0, len(places), repeat):
-        group, filled = [], 0
-        while filled < places[first]:
-            if image == len(sizes):
-                break
-            group.append(image)
-            filled += sizes[image]
-            image += 1
-        if filled != places[first] or any(count != filled for count in places[first : first + repeat]):
-            raise ValueError(
-                f"row {first} has {places[first]} image placeholders, its images have {filled} visual tokens: "
-                "was the processor's prompt changed?"
-            )
-        pairs += [(row, member) for row in range(first, first + repeat) for member in group]
-    return pairs

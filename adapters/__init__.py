@@ -21,7 +21,19 @@ from vlmfast.cost import solve_keep
 from vlmfast.families import did_you_mean, family_of
 from vlmfast.patching import unwrap
 
-__all__ = ["ADAPTERS", "DEFAULTS", "from_spec", "resolve", "solve_flops", "to_spec", "with_positions"]
+__all__ = [
+    "ADAPTERS",
+    "DEFAULTS",
+    "FasterVLM",
+    "Grid",
+    "HiPrune",
+    "Random",
+    "from_spec",
+    "resolve",
+    "solve_flops",
+    "to_spec",
+    "with_positions",
+]
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "fastervlm": FasterVLM,

@@ -8,7 +8,9 @@
 Everything goes to ``runs/testbed``; a second ``train`` goes on where the first one stopped.
 """
 
+import json
 import signal
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +18,9 @@ import torch
 import typer
 
 from vlmfast.eval import testbed
-from vlmfast.eval.testbed import build, measure, training
+from vlmfast.eval.testbed import build, card, measure, training
 from vlmfast.eval.testbed.corpus import Corpus, write_corpus
+from vlmfast.eval.testbed.scenes import check_test_split
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 RUNS = Path(__file__).resolve().parents[1] / "runs" / "testbed"
@@ -74,7 +77,46 @@ def export(name: Name) -> None:
     target = testbed.folder(name)
     run.model.to(torch.bfloat16).save_pretrained(target)
     build.save_processor(name, target)
-    typer.echo(f"{target}: {(target / 'model.safetensors').stat().st_size / 2**20:.1f} MiB after {run.stage} {run.step}")
+    typer.echo(
+        f"{target}: {(target / 'model.safetensors').stat().st_size / 2**20:.1f} MiB after {run.stage} {run.step}"
+    )
+
+
+@app.command()
+def evaluate(name: Name, scenes: int = 500, threads: int = 1) -> None:
+    """Measure the shipped folder on the test split and write its model card and curves."""
+    torch.set_num_threads(threads)
+    check_test_split()
+    model, processor = testbed.load(name)
+    found = {select: measure.accuracy(model, name, "test", scenes, select) for select in measure.SELECTIONS}
+    for select in ("oracle", "random"):
+        found[f"{select}, compact"] = measure.accuracy(model, name, "test", scenes, select, compact=True)
+    curves = card.read_curves(RUNS / name / "curves.jsonl")
+    results = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "scenes": len(Corpus(RUNS / "train")),
+        "test_scenes": scenes,
+        "minutes": curves[-1]["seconds"] / 60,
+        "selections": found,
+        "captions": measure.chair(measure.captions(model, processor, "test", scenes)),
+        "sinks": {**measure.sinks(model, name, "test", 50), "scenes": 50},
+    }
+    (RUNS / name / "results.json").write_text(json.dumps(results, indent=1))
+    for select, tasks in found.items():
+        typer.echo(f"{select:16s}" + "  ".join(f"{task} {right / n:.3f}" for task, (right, n) in tasks.items()))
+    typer.echo(json.dumps(results["captions"]))
+    write(name)
+
+
+@app.command()
+def write(name: Name) -> None:
+    """Write the model card and the curves from the last evaluation."""
+    results = json.loads((RUNS / name / "results.json").read_text())
+    stages = [{k: v for k, v in asdict(stage).items() if k != "decay"} for stage in STAGES[name]]
+    target = testbed.folder(name)
+    notes = (RUNS / name / "notes.md").read_text() if (RUNS / name / "notes.md").exists() else ""
+    card.write_card(name, results, stages, notes, target / "README.md")
+    card.plot_curves(card.read_curves(RUNS / name / "curves.jsonl"), f"testbed:{name}", target / "curves.png")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def tower_qwen(model: Any, pixels: Tensor, kept: Tensor | None = None) -> tuple[
         near = (groups[:, None, :, None] == groups[:, None, None, :]).float().sub(1).mul(1e4)
     received = x
     for i, block in enumerate(tower.blocks):
-        qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4).float()
+        qkv = (
+            block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4).float()
+        )
         q, k, v = rotate(qkv[0], cos, sin), rotate(qkv[1], cos, sin), qkv[2]
         if i in tower.fullatt_block_indexes:
             out = attend(q, k, v)

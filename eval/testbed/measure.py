@@ -134,7 +134,7 @@ def sinks(model: Any, name: str, split: Split, count: int) -> dict[str, Any]:
     seen = forward.see(model, batch.pixels)
     table = model.get_input_embeddings()
     ids = torch.tensor([build.IDS[w] for w in (*build.PREFIX[name],)])
-    ask = [*build.SUFFIX[name], *"is there a sun ? assistant :".split()]
+    ask = [*build.SUFFIX[name], *["is", "there", "a", "sun", "?", "assistant", ":"]]
     after = torch.tensor([build.IDS[w] for w in ask])
     visual = seen["visual"]
     embeds = torch.cat([table(ids).expand(count, -1, -1), visual, table(after).expand(count, -1, -1)], 1)

@@ -11,20 +11,28 @@ from typing import Any
 
 import numpy as np
 
-from vlmfast.eval.testbed.scenes import CATEGORIES, COLOURS, PARTNERS, POPULAR, SIDE, SPLITS, WORDS, Object, Scene, Split
+from vlmfast.eval.testbed.scenes import (
+    CATEGORIES,
+    COLOURS,
+    PARTNERS,
+    POPULAR,
+    SIDE,
+    SPLITS,
+    WORDS,
+    Object,
+    Scene,
+    Split,
+)
 
 TASKS = ("existence", "colour", "count", "size", "where", "relation", "binding", "digits", "word", "caption")
 COUNTS = ("one", "two", "three", "four")
 SYSTEM = "look and answer ."  # opens every prompt
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-VOCABULARY = tuple(
-    dict.fromkeys(
-        (*CATEGORIES, *COLOURS, *WORDS, *"0123456789", *COUNTS)
-        + tuple("yes no small big top bottom left right of above below".split())
-        + tuple("is there a the what colour how many or where read number word describe picture ? , . and".split())
-        + tuple("look answer user assistant :".split())
-    )
+_OTHER = (
+    "yes no small big top bottom left right of above below is there a the what colour how many or where read number "
+    "word describe picture ? , . and look answer user assistant :"
 )
+VOCABULARY = tuple(dict.fromkeys((*CATEGORIES, *COLOURS, *WORDS, *"0123456789", *COUNTS, *_OTHER.split())))
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ WORDS = (
 )  # fmt: skip
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 TEST_SCENES = 500
-TEST_HASH = ""
+TEST_HASH = "57f296d2f6afe20e1edb515391ee57fbb956d7f7d1cf2bd8aea8c76626c2f2a7"
 _BOTH = {"train": 0.88, "validation": 0.7, "test": 0.7}
 _HIDDEN = {"train": 0.45, "validation": 0.0, "test": 0.0}  # of the broken pairs
 _GROUPS = [(a, b) for a, b in PAIRS] + [(c,) for c in CATEGORIES[20:]]
@@ -116,7 +116,9 @@ def _spot(rng: np.random.Generator, width: int, height: int, placed: list[Box], 
     xs = rng.integers(1, SIDE - width, 40).tolist()
     ys = rng.integers(1, SIDE - height, 40).tolist()
     for x, y in zip(xs, ys):
-        if all(x >= b[2] + gap or b[0] >= x + width + gap or y >= b[3] + gap or b[1] >= y + height + gap for b in placed):
+        if all(
+            x >= b[2] + gap or b[0] >= x + width + gap or y >= b[3] + gap or b[1] >= y + height + gap for b in placed
+        ):
             placed.append((x, y, x + width, y + height))
             return placed[-1]
     return None
@@ -149,7 +151,9 @@ def _plan(rng: np.random.Generator, split: Split) -> list[tuple[str, int, bool]]
     """What to show: (category, how many, hidden) for one to three groups, at most six visible objects."""
     shown: list[str] = []
     hidden: list[str] = []
-    for g in rng.choice(len(_GROUPS), int(rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25])), replace=False, p=_GROUP_WEIGHTS):
+    for g in rng.choice(
+        len(_GROUPS), int(rng.choice([1, 2, 3], p=[0.3, 0.45, 0.25])), replace=False, p=_GROUP_WEIGHTS
+    ):
         group = list(_GROUPS[g])
         rng.shuffle(group)
         if len(group) == 1 or rng.random() < _BOTH[split]:

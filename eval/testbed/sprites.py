@@ -7,7 +7,7 @@ only the pasting.
 Shapes: a sprite is an alpha map [h, w] in [0, 1]; a plate or a sign is (colours [h, w, 3], alpha [h, w]).
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _glyph(category: str) -> Image.Image:
     """A pictogram at 96 px, cropped to its ink."""
     canvas = Image.new("L", (288, 288), 0)
@@ -42,7 +42,7 @@ def _glyph(category: str) -> Image.Image:
     return canvas.crop(canvas.getbbox())
 
 
-@lru_cache(maxsize=None)
+@cache
 def pictogram(category: str, side: int, turn: int) -> np.ndarray:
     """A pictogram's alpha map [side, side], turned by one of the fixed angles, centred, longest side filling it."""
     angle = (turn % _ANGLES - _ANGLES // 2) * 6
@@ -55,7 +55,7 @@ def pictogram(category: str, side: int, turn: int) -> np.ndarray:
     return np.asarray(canvas, np.float32) / 255.0
 
 
-@lru_cache(maxsize=None)
+@cache
 def sign(word: str) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
     """A word painted dark on a light board: colours [20, w, 3] and the columns (from, to) of each of its letters."""
     font = _font("DejaVuSansMono-Bold", SIGN_FONT)

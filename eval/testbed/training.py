@@ -251,8 +251,10 @@ def dense_rank(values: Tensor, top: int) -> Tensor:
     return (there.cumsum(1) - 1).gather(1, values)
 
 
-def pack(model: Any, name: str, batch: Batch, visual: Tensor, kept: Tensor | None, compact: bool, supervise: bool) -> Sequence:
-    """Picture and questions as one sequence; ``visual`` [B, n, d] are the kept tokens, ``kept`` [B, n] which they are."""
+def pack(
+    model: Any, name: str, batch: Batch, visual: Tensor, kept: Tensor | None, compact: bool, supervise: bool
+) -> Sequence:
+    """Picture and questions as one sequence; ``visual`` [B, n, d] are the kept tokens, ``kept`` [B, n] says which."""
     table = model.get_input_embeddings()
     device, count = visual.device, len(visual)
     fixed = [
@@ -467,7 +469,9 @@ class Run:
                 means = {key: round(float(np.mean(v)), 4) for key, v in totals.items()}
                 self.log(stage=stage.name, step=self.step, seconds=round(self.seconds, 1), **means)
                 if verbose:
-                    print(f"{self.name} {stage.name} {self.step}/{stage.steps} {self.seconds:.0f}s {means}", flush=True)
+                    print(
+                        f"{self.name} {stage.name} {self.step}/{stage.steps} {self.seconds:.0f}s {means}", flush=True
+                    )
                 totals = {}
             if time.monotonic() - saved > every:
                 self.save()

@@ -55,13 +55,14 @@ _TEXT: dict[str, Any] = {
     "eos_token_id": IDS["</s>"],
     "pad_token_id": IDS["<pad>"],
 }
-_IDENTITY = {"bos_token_id": IDS["<s>"], "eos_token_id": IDS["</s>"], "pad_token_id": IDS["<pad>"]}
+_IDENTITY: dict[str, Any] = {"bos_token_id": IDS["<s>"], "eos_token_id": IDS["</s>"], "pad_token_id": IDS["<pad>"]}
 
 
 def new_model(name: str, seed: int = 0) -> Any:
     """An untrained model of the family, fp32."""
     torch.manual_seed(seed)
     model: Any
+    config: Any
     if name == "llava":
         vision = CLIPVisionConfig(
             hidden_size=128, intermediate_size=512, num_hidden_layers=5, num_attention_heads=4, image_size=SIDE,
@@ -120,6 +121,7 @@ def new_processor(name: str) -> Any:
     """The processor of a model: image processor without torchvision, tokenizer, chat template."""
     template = TEMPLATE.replace("PICTURE", _PICTURE[name])
     tokenizer = new_tokenizer(name)
+    pictures: Any
     scaling = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     if name == "llava":
         from transformers import LlavaProcessor

@@ -13,7 +13,7 @@ BARS = {
 TOWER = {
     "llava": "a CLIP tower with a CLS token (5 layers, width 128, 4 heads, patch 10: 12 x 12 tokens, features from\n"
     "layer -2, strategy `default`), a projector of two layers, and Llama",
-    "qwen2_5_vl": "the Qwen2.5-VL tower (4 layers, width 128, 4 heads, patch 6, windows of 5 x 5 merged tokens\nexcept "
+    "qwen2_5_vl": "the Qwen2.5-VL tower (4 layers, width 128, 4 heads, patch 6, windows of 5 x 5 tokens\nexcept "
     "in layers 1 and 3, 2 x 2 merger: 10 x 10 tokens) and the Qwen2.5 text model with M-RoPE (sections 4, 6, 6)",
 }
 CLS = {

@@ -6,6 +6,7 @@ with offsets into them. It is written in parts by several processes and joined b
 
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Corpus:
 
 def _write_part(folder: Path, split: Split, start: int, end: int) -> None:
     images = np.lib.format.open_memmap(folder / "images.npy", mode="r+")
-    kept: dict[str, list[np.ndarray]] = {}
+    kept: dict[str, list[Any]] = {}
     for index in range(start, end):
         shown, arrays = encode(split, index)
         images[index] = shown.image
@@ -50,7 +51,8 @@ def _write_part(folder: Path, split: Split, start: int, end: int) -> None:
             kept.setdefault(f"patches_{name}", []).append(arrays.patches[name])
             kept.setdefault(f"letters_{name}", []).append(arrays.letters[name])
     images.flush()
-    np.savez(folder / f"part{start}.npz", **{k: np.concatenate(v) for k, v in kept.items()})
+    parts: dict[str, Any] = {k: np.concatenate(v) for k, v in kept.items()}
+    np.savez(folder / f"part{start}.npz", **parts)
     np.save(folder / f"sizes{start}.npy", np.array([[len(kept[key][i]) for key in _FLAT] for i in range(end - start)]))
 
 

@@ -24,10 +24,10 @@ def scene_batch(name: str, split: Split, index: range) -> tuple[list[Scene], tra
     shown, arrays = zip(*(encode.encode(split, i) for i in index))
     images = np.stack([one.image for one in shown]).astype(np.float32) / 127.5 - 1
     pixels = torch.from_numpy(encode.image_patches(images, name))
-    corpus = _Held(list(arrays), name)
-    labels, present = training.patch_labels(corpus, name, np.arange(len(shown)))  # type: ignore[arg-type]
+    corpus: Any = _Held(list(arrays), name)
+    labels, present = training.patch_labels(corpus, name, np.arange(len(shown)))
     batch = training.Batch(pixels, None, labels, present)
-    training.choose_questions(corpus, np.arange(len(shown)), None, batch)  # type: ignore[arg-type]
+    training.choose_questions(corpus, np.arange(len(shown)), None, batch)
     return list(shown), batch
 
 

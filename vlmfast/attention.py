@@ -130,7 +130,7 @@ class Taps:
 
 
 def tapped_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -150,7 +150,7 @@ def tapped_attention(
     return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
-def tap(patch: Patch, modules: Sequence[nn.Module]) -> None:
+def tap(patch: Patch, modules: Sequence[Any]) -> None:
     """Let `Taps` observe these attention modules for as long as the patch is open."""
     for module in modules:
         original = module.config

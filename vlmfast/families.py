@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfast.visual import Score, VisualTokens, mean_over, window_order
 
@@ -70,7 +70,7 @@ class Family:
         [Tower, Any, Mapping[str, Any], Sequence[Tensor], Mapping[Score, list[Tensor]]], list[VisualTokens]
     ]
 
-    def attention_modules(self, base: nn.Module) -> list[nn.Module]:
+    def attention_modules(self, base: Any) -> list[Any]:
         """The attention module of every block of the vision tower."""
         return [_follow(block, self.attention) for block in _first(base, self.blocks)]
 

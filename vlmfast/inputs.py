@@ -282,7 +282,7 @@ MISSING_TYPES = (
 class PrepareInputs:
     """Stands for the instance's `prepare_inputs_for_generation`: every step of `generate` passes here."""
 
-    def __init__(self, door: Door, model: nn.Module) -> None:
+    def __init__(self, door: Door, model: Any) -> None:
         self.door, self.original = door, model.prepare_inputs_for_generation
         functools.update_wrapper(self, self.original)
 
@@ -299,7 +299,7 @@ class PrepareInputs:
             return {**inputs, DONE: True}
         if next_sequence_length is not None:
             start = input_ids.shape[1] - next_sequence_length
-            if state is not None and start == cache.get_seq_length():
+            if state is not None and cache is not None and start == cache.get_seq_length():
                 start += state.dropped  # generate counted the cache's columns as if nothing had been dropped
             input_ids = input_ids[:, start:]
         call = self.door.rewrite({**kwargs, "input_ids": input_ids}, images, cache_holds_state=True)
@@ -310,7 +310,7 @@ class PrepareInputs:
 class Generate:
     """Stands for the instance's `generate`: refuses early what would go wrong silently later."""
 
-    def __init__(self, door: Door, model: nn.Module) -> None:
+    def __init__(self, door: Door, model: Any) -> None:
         self.door, self.model, self.original = door, model, model.generate
         functools.update_wrapper(self, self.original)
 

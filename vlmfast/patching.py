@@ -59,9 +59,9 @@ class Patch:
     model: the transformers model (XForConditionalGeneration); base: its multimodal base model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
-        self.base: nn.Module = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), model)
         self.family: Family = family_of(model)
         self._undo: list[Undo] = []
 
@@ -160,7 +160,7 @@ class Handle:
 class SaveSpec:
     """`save_pretrained` of a patched model: a clean model, and the spec beside it."""
 
-    def __init__(self, model: nn.Module, spec: str) -> None:
+    def __init__(self, model: Any, spec: str) -> None:
         self.original, self.spec = model.save_pretrained, spec
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +170,7 @@ class SaveSpec:
         return result
 
 
-def unwrap(model: Any) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The transformers model inside `model` (itself, or the base of a PEFT model).
 
     Raises TypeError for anything else, and NotImplementedError for PEFT prompt learning, which replaces the very
@@ -178,6 +178,7 @@ def unwrap(model: Any) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    inner: Any = model
     peft = getattr(model, "peft_config", None)
     if peft and hasattr(model, "get_base_model"):
         if any(getattr(config, "is_prompt_learning", False) for config in peft.values()):
@@ -185,13 +186,13 @@ def unwrap(model: Any) -> nn.Module:
                 "PEFT prompt learning rewrites the model's inputs itself and cannot be combined with vlmfast; "
                 "LoRA and other weight adapters can"
             )
-        model = model.get_base_model()
-    if not hasattr(model, "prepare_inputs_for_generation") or not hasattr(model, "config"):
+        inner = inner.get_base_model()
+    if not hasattr(inner, "prepare_inputs_for_generation") or not hasattr(inner, "config"):
         raise TypeError(
-            f"{type(model).__name__} cannot generate: pass the XForConditionalGeneration model "
+            f"{type(inner).__name__} cannot generate: pass the XForConditionalGeneration model "
             "(AutoModelForImageTextToText), not a part of it"
         )
-    return model
+    return inner
 
 
 def install(model: Any, adapters: tuple[Adapter, ...], spec: str) -> Handle:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 TESTBED = ["testbed:llava", "testbed:qwen2_5_vl"]
-METHODS = ["none", "random", "grid", "fastervlm", "hiprune"]
+METHODS = ["none", "random", "grid", "fastervlm:fallback=received", "hiprune"]
 KEEPS = "1.0,0.5,0.33,0.2,0.11"
 TOPICS = ("methods", "families", "tasks")
 EXTRAS = {"jinja2": "eval", "matplotlib": "eval", "sklearn": "eval", "psutil": "eval", "datasets": "eval"}

@@ -169,6 +169,16 @@ def masked_loss(vlm, inputs, labels, kept):
     return total / count
 
 
+def test_right_padded_prompts_that_begin_with_an_image(vlm):
+    """The padding side is read off the padding, not off what happened to be dropped first."""
+    inputs = vlm.prompts([["a", 2], ["a", 5]], side="right")
+    with vlmfast.patch(vlm.model, "grid:keep=0.3"):
+        logits = vlm.model(**inputs).logits
+        kept = logits.shape[1] - 5
+        alone = vlm.model(**vlm.prompts([["a", 2]])).logits
+    torch.testing.assert_close(logits[0, : kept + 2], alone[0], rtol=1e-4, atol=1e-4)
+
+
 def test_checkpointing_gives_the_same_gradients(fresh, vlm):
     gradients = []
     for checkpointing in (False, True):

@@ -135,11 +135,12 @@ class Door:
             full = ids.new_ones(rows, held + new) if mask is None else mask
         if full.shape != (rows, held + new):
             raise ValueError(f"attention_mask is {list(full.shape)}, expected {[rows, held + new]}")
-        keep, selected = self.select(ids, images, full[:, held:].bool())
+        real = full[:, held:].bool()
+        keep, selected = self.select(ids, images, real)
         if state is None and keep.all():
             return self._with_images(kwargs, images)
         positions = self.original_positions(kwargs, state, held, images=True)
-        next_position = following(positions, full[:, held:])
+        next_position = following(positions, real)
         shift = torch.zeros_like(next_position) if state is None else state.shift
         if self.positions == "compact":
             positions, more = compact(positions - shift.view(-1, 1), keep, selected)
@@ -147,7 +148,7 @@ class Door:
         kwargs = dict(kwargs)
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
             raise NotImplementedError("logits_to_keep as indices: pruning moves them; pass an int")
-        index, live = gather_index(keep & full[:, held:].bool())
+        index, live = gather_index(keep, real)
         kwargs["input_ids"] = ids.gather(1, index).masked_fill(~live, self.pad)
         kwargs["position_ids"] = positions.gather(-1, index.expand(*positions.shape[:-1], -1))
         for name in TOKEN_TYPES:

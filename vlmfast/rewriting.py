@@ -21,16 +21,20 @@ class Selected:
     columns: Tensor
 
 
-def following(positions: Tensor, mask: Tensor) -> Tensor:
-    """Position after the last real token: [B, L] or [A, B, L] -> [B]."""
+def following(positions: Tensor, real: Tensor) -> Tensor:
+    """Position after the last token that is not padding. positions: [B, L] or [A, B, L], real: [B, L] -> [B]."""
     flat = positions if positions.ndim == 2 else positions[-3:].amax(0)
-    return flat.masked_fill(mask == 0, -1).amax(1) + 1
+    return flat.masked_fill(~real, -1).amax(1) + 1
 
 
-def gather_index(live: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns that stay, packed to the side where the batch has its content. [B, L] -> index [B, M], real [B, M]."""
+def gather_index(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns that stay, packed to the side that is not padded. [B, L] -> index [B, M], not padding [B, M].
+
+    keep: tokens that stay; real: tokens that are not padding. Padding is on the left unless a row ends with it.
+    """
+    live = keep & real
     width = max(1, int(live.sum(1).max()))
-    right_padded = bool((~live[:, -1]).any()) and bool(live[:, 0].all())
+    right_padded = bool((~real[:, -1]).any())
     order = ((~live) if right_padded else live).long().argsort(dim=1, stable=True)
     index = order[:, :width] if right_padded else order[:, -width:]
     return index, live.gather(1, index)

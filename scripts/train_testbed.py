@@ -29,14 +29,14 @@ STAGES = {
     "llava": [
         training.Stage("tower", 5000, 16, 1.0e-3, sparse=0.8),
         training.Stage("align", 100, 16, 1e-3),
-        training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.0), sparse=0.6),
-        training.Stage("vary", 400, 16, 3e-4, vary=True, decay=0.5),
+        training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.0), sparse=0.8, tower=0.3),
+        training.Stage("vary", 400, 16, 3e-4, vary=True, tower=0.5, decay=0.5),
     ],
     "qwen2_5_vl": [
         training.Stage("tower", 3200, 16, 1.0e-3, sparse=0.9),
         training.Stage("align", 100, 16, 1e-3),
-        training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.0), sparse=0.6),
-        training.Stage("vary", 400, 16, 3e-4, vary=True, decay=0.5),
+        training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.0), sparse=0.8, tower=0.3),
+        training.Stage("vary", 400, 16, 3e-4, vary=True, tower=0.5, decay=0.5),
     ],
 }
 
@@ -76,6 +76,7 @@ def export(name: Name) -> None:
     run = training.Run(RUNS / name, name)
     target = testbed.folder(name)
     run.model.to(torch.bfloat16).save_pretrained(target)
+    (target / "model.safetensors").chmod(0o644)
     build.save_processor(name, target)
     typer.echo(
         f"{target}: {(target / 'model.safetensors').stat().st_size / 2**20:.1f} MiB after {run.stage} {run.step}"

@@ -29,8 +29,9 @@ THINGS = (*CATEGORIES, *"0123456789", *WORDS)
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: how many steps of how many scenes, peak learning rate, share of attention supervision at its start
-    and end, the share of steps in which only ``some`` patches enter the tower, and whether token counts vary."""
+    """One stage: how many steps of how many scenes, peak learning rate, weight of attention supervision at its start
+    and end, the share of steps in which most of the ground stays out of the tower, whether token counts vary, and what
+    the tower's learning rate is multiplied by."""
 
     name: str
     steps: int
@@ -39,6 +40,7 @@ class Stage:
     attention: tuple[float, float] = (0.0, 0.0)
     sparse: float = 0.0
     vary: bool = False
+    tower: float = 1.0
     decay: float = 0.25
 
 
@@ -93,6 +95,8 @@ def patch_labels(corpus: Corpus, name: str, index: np.ndarray) -> tuple[dict[str
         "kind": np.where(per[..., 5] > 0, per[..., 0], 0) * own,
         "colour": np.where(drawn, per[..., 1], -100),
         "size": np.where(drawn, per[..., 2], -100),
+        "across": np.where(drawn, per[..., 3] >= SIDE // 2, -100),
+        "down": np.where(drawn, per[..., 4] >= SIDE // 2, -100),
         "letter": corpus.letters[name][index],
         "offset": np.where(own[..., None], offset, np.nan).astype(np.float32),
         "centre": centre.astype(np.float32),
@@ -329,14 +333,17 @@ def answer_loss(model: Any, batch: Batch, hidden: Tensor) -> tuple[Tensor, dict[
 
 
 def align_loss(model: Any, visual: Tensor, batch: Batch) -> Tensor:
-    """Projected patches against the word embeddings of what they show: kind, colour and quadrant."""
-    table = model.get_input_embeddings().weight
+    """Projected patches against the word embeddings of what they show: kind, colour, size and quadrant."""
     words = {
         "kind": ["<unk>", *CATEGORIES, *"0123456789", *WORDS],
         "colour": list(COLOURS),
+        "size": ["small", "big"],
+        "down": ["top", "bottom"],
+        "across": ["left", "right"],
     }
     loss = visual.new_zeros(())
     kept = batch.kept
+    table = model.get_input_embeddings().weight
     for key, names in words.items():
         label = forward.gather(batch.labels[key], kept).long()
         use = label > 0 if key == "kind" else label >= 0
@@ -369,7 +376,9 @@ def step_loss(
     answers, tasks = answer_loss(model, batch, hidden)
     report = {f"patch_{k}": v for k, v in report.items()} | tasks
     report |= {"answers": answers.item(), "attention": float(attention.detach()), "patches": patches.item()}
-    return answers + weight * attention + 0.3 * patches, report
+    words = align_loss(model, seen["visual"], batch)
+    report["words"] = words.item()
+    return answers + weight * attention + 0.3 * patches + 0.1 * words, report
 
 
 def vary_tokens(visual: Tensor, owner: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor | None, bool]:
@@ -406,10 +415,7 @@ class Run:
         torch.manual_seed(self.seed + 1)
         self.heads = Heads(self.name).to(self.device)
         self.parameters = [*self.model.parameters(), *self.heads.parameters()]
-        decayed = [p for p in self.parameters if p.dim() > 1]
-        rest = [p for p in self.parameters if p.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": 0.03}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=1e-3, betas=(0.9, 0.98))
         self.stage, self.step, self.seconds = "", 0, 0.0
         self.stopping = False  # set from a signal handler: the loop then saves and returns after the step at hand
         path = self.folder / "checkpoint.pt"
@@ -419,6 +425,17 @@ class Run:
             self.heads.load_state_dict(saved["heads"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.stage, self.step, self.seconds = saved["stage"], saved["step"], saved["seconds"]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by whether they belong to the tower and whether they decay."""
+        core = self.model.model
+        tower = {id(p) for p in (core.vision_tower if self.name == "llava" else core.visual).parameters()}
+        groups: list[dict[str, Any]] = []
+        for seeing in (False, True):
+            mine = [p for p in self.parameters if (id(p) in tower) == seeing]
+            groups.append({"params": [p for p in mine if p.dim() > 1], "weight_decay": 0.03, "tower": seeing})
+            groups.append({"params": [p for p in mine if p.dim() <= 1], "weight_decay": 0.0, "tower": seeing})
+        return groups
 
     def save(self) -> None:
         """Write the checkpoint so that an interruption leaves the old one or the new one."""
@@ -459,7 +476,7 @@ class Run:
             loss.backward()
             nn.utils.clip_grad_norm_([p for p in self.parameters if p.grad is not None], 1.0)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(stage, self.step)
+                group["lr"] = learning_rate(stage, self.step) * (stage.tower if group["tower"] else 1.0)
             self.optimizer.step()
             self.step += 1
             self.seconds += time.process_time() - began

@@ -46,4 +46,5 @@ class Bars:
             self.progress.update(self.bars[model], advance=questions, spec=spec)
         elif self.show and not self.console.is_terminal:
             seconds = time.monotonic() - self.begun
-            self.console.print(f"{seconds:6.0f} s  {model}  {spec}  {questions} questions", highlight=False)
+            line = f"{seconds:6.0f} s  {model}  {spec}  {questions} questions"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -16,12 +16,15 @@ from pathlib import Path
 from queue import Empty
 from typing import Any
 
+from transformers import AutoConfig
+
 from vlmfast.adapters import from_spec, to_spec
 from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, weight_files
 from vlmfast.eval.progress import Bars
 from vlmfast.eval.results import check_identity, read_result, ready_folder
 from vlmfast.eval.sweep import UNPATCHED, Job, sweep
 from vlmfast.eval.tasks import choose, task_hash
+from vlmfast.families import family_of
 from vlmfast.visual import check_keep
 
 SMALL = 500_000_000  # bytes of weights up to which models are evaluated side by side on a CPU
@@ -78,6 +81,8 @@ def evaluate(
     runs = expand(specs, keeps)
     chosen = choose(tasks)
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
+    for name, folder in folders.items():
+        check_specs(name, folder, runs)
     ready_folder(Path(out))
 
     documents = {name: task.load(limit, seed) for name, task in chosen.items()}
@@ -127,6 +132,18 @@ def expand(specs: Sequence[str], keeps: Sequence[float | int]) -> tuple[str, ...
                 filled[i] += f"{',' if ':' in parts[i] else ':'}keep={keep!r}"
             runs.append(to_spec(from_spec("+".join(filled))))
     return tuple(dict.fromkeys(runs))
+
+
+def check_specs(model: str, folder: Path, specs: Sequence[str]) -> None:
+    """Raise, naming model and spec, if a method cannot work on a model's vision tower."""
+    config = AutoConfig.from_pretrained(folder)
+    tower = family_of(config).tower(config)
+    for spec in specs:
+        for adapter in from_spec(spec):
+            try:
+                adapter.wanted(tower) if hasattr(adapter, "wanted") else None
+            except (NotImplementedError, ValueError) as error:
+                raise type(error)(f"{spec} on {model}: {error}") from None
 
 
 def _leaves_keep_open(part: str) -> bool:

@@ -16,7 +16,7 @@ from rich.console import Console
 from vlmfast.eval import overlay, report, results
 from vlmfast.eval.report import page, plot, text
 from vlmfast.eval.report.rows import Interval, arrange, line_label
-from vlmfast.eval.report.table import print_tables
+from vlmfast.eval.report.table import notes, print_tables
 from vlmfast.eval.results import Metric, Result, TaskResult, load_results
 from vlmfast.eval.tasks import TASKS as TASKS_BY_NAME
 from vlmfast.eval.tasks import task_hash
@@ -200,6 +200,12 @@ def made(tmp_path_factory):
     return SimpleNamespace(folder=folder, paths=paths, printed=console.file.getvalue(), text=text, page=Page(text))
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests that do not look at the pictures, which take most of the time."""
+    monkeypatch.setattr(plot, "draw", lambda sections, **kwargs: repr(kwargs).encode())
+
+
 class TestRows:
     def test_order_and_baseline(self):
         sections = arrange(sweep()[::-1])
@@ -218,9 +224,24 @@ class TestRows:
         assert section.rows[-1].keep_text == "1" and section.rows[0].keep_text == "1.0"
 
     def test_settings_make_a_line_of_their_own(self):
-        assert line_label("hiprune:keep=0.33") == "hiprune"
-        assert line_label("hiprune:keep=0.33,alpha=0.2") == "hiprune alpha=0.2"
-        assert line_label("hiprune:alpha=0.2, keep=4+var") == "hiprune alpha=0.2+var"
+        assert line_label("hiprune:keep=0.33") == ("hiprune", "")
+        assert line_label("hiprune:keep=0.33,alpha=0.2") == ("hiprune", "alpha=0.2")
+        assert line_label("hiprune:alpha=0.2, keep=4+var:beta=1") == ("hiprune+var", "alpha=0.2 beta=1")
+        plain, other, seeded = "hiprune:keep=0.5", "hiprune:keep=0.5,alpha=0.2", "random:keep=0.5,seed=3"
+        (section,) = arrange([made_up("m", spec) for spec in (plain, other, seeded)])
+        assert section.labels == ("random", "hiprune", "hiprune alpha=0.2")
+        assert section.rows[0].control and not section.rows[1].control
+        assert notes(section)[0] == "random is run with seed=3."
+
+    def test_random_counts_with_the_mean_of_its_seeds(self):
+        def scores(spec, value):
+            made = made_up("m", spec)
+            return dataclasses.replace(made, macro=dataclasses.replace(made.macro, value=value))
+
+        seeds = [scores(f"random:keep=0.5,seed={seed}", value) for seed, value in enumerate((0.4, 0.6))]
+        (section,) = arrange([*seeds, scores("grid:keep=0.5", 0.55), scores("hiprune:keep=0.5", 0.45)])
+        assert {row.spec: row.beaten for row in section.rows[2:]} == {"grid:keep=0.5": False, "hiprune:keep=0.5": True}
+        assert len({look.marker for look in plot.styles([section]).values()}) == 4, "both seeds look alike"
 
     def test_what_cannot_be_compared_is_kept_apart(self):
         other = dataclasses.replace(made_up("m", "grid:keep=0.5"), limit=7, device="cuda")
@@ -328,11 +349,11 @@ class TestPage:
         }
         assert all(name in made.page.words for name in names)
 
-    def test_both_grounds(self, made):
-        (source,), (image,) = made.page.all("source"), made.page.all("img")
-        assert source["media"] == "(prefers-color-scheme: dark)"
+    def test_picture_for_every_ground_and_width(self, made):
+        sources, (image,) = made.page.all("source"), made.page.all("img")
         assert base64.b64decode(image["src"].partition(",")[2]) == made.paths.picture.read_bytes()
-        assert source["srcset"] != image["src"]
+        assert len({source["srcset"] for source in sources} | {image["src"]}) == 4
+        assert "dark" in sources[0]["media"] and "max-width" in sources[0]["media"]
 
     def test_alternatives_for_pictures(self, made):
         assert all(len(image["alt"]) > 100 for image in made.page.all("img"))
@@ -373,7 +394,7 @@ class TestPage:
             assert doc.prompt in made.page.words and doc.answer in made.page.words
         assert "right:" in made.page.words and "48 of 144 visual tokens kept" in made.text
 
-    def test_everything_is_escaped(self, tmp_path):
+    def test_everything_is_escaped(self, undrawn):
         evil = '</script><script>alert("x")</script><img src=x onerror=alert(1)>'
         model = dataclasses.replace(made_up(evil, "none"), command=f"vlmfast {evil}", environment={evil: evil})
         model = dataclasses.replace(
@@ -382,30 +403,30 @@ class TestPage:
         for sample in model.samples:
             sample |= {"prompt": evil, "answer": evil, "expected": evil}
         sections = arrange([made_up(evil, "none"), model])
-        html = page.render(sections, b"light", b"dark")
+        html = page.render(sections)
         parsed = Page(html)
         assert html.count("<script") == 1 and len(parsed.all("img")) == 1
         assert not any("onerror" in attributes for _, attributes in parsed.elements)
         assert evil in parsed.words
 
-    def test_samples_of_other_scenes_have_no_picture(self, tmp_path):
-        html = page.render(arrange(sweep(models=("m",), keeps=(0.5,))), b"light", b"dark")
+    def test_samples_of_other_scenes_have_no_picture(self, undrawn):
+        html = page.render(arrange(sweep(models=("m",), keeps=(0.5,))))
         parsed = Page(html)
         assert "No picture: the scenes of existence have changed since this result was made" in parsed.words
         assert not parsed.all("use") and parsed.all("path")
 
-    def test_tasks_from_elsewhere_have_no_picture(self):
+    def test_tasks_from_elsewhere_have_no_picture(self, undrawn):
         result = made_up("m", "none", tasks=("existence",))
         result.samples[0]["task"] = "pope"
-        assert "No picture: the pictures of pope do not come" in Page(page.render(arrange([result]), b"", b"")).words
+        assert "No picture: the pictures of pope do not come" in Page(page.render(arrange([result]))).words
 
-    def test_a_single_run(self, tmp_path):
+    def test_a_single_run(self, tmp_path, undrawn):
         paths = report.make(store(tmp_path, [made_up("m", "none")]), console=Console(file=io.StringIO()))
         assert "unpatched" in Page(paths.page.read_text("utf-8")).words
 
 
 class TestMake:
-    def test_several_folders_and_a_target(self, tmp_path):
+    def test_several_folders_and_a_target(self, tmp_path, undrawn):
         first = store(tmp_path / "a", sweep(models=("a",), methods=("grid",), keeps=(0.5,)))
         second = store(tmp_path / "b", sweep(models=("b",), methods=("grid",), keeps=(0.5,)))
         paths = report.make([first, second], tmp_path / "new" / "both", Console(file=io.StringIO()))

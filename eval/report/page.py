@@ -8,14 +8,14 @@ from importlib.resources import files
 from typing import Any
 
 from vlmfast.eval.report import plot, samples, table, text
-from vlmfast.eval.report.rows import CONTROLS, UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
+from vlmfast.eval.report.rows import UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
 
 WIDTH, HEIGHT = 300, 190  # of one small chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 34, 8, 10, 30
 
 
-def render(sections: Sequence[Section], light: bytes, dark: bytes) -> str:
-    """The page. ``light`` and ``dark``: the Pareto picture as PNG on either ground."""
+def render(sections: Sequence[Section]) -> str:
+    """The page, with the Pareto picture for light and dark ground, for wide and narrow windows."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -39,8 +39,11 @@ def render(sections: Sequence[Section], light: bytes, dark: bytes) -> str:
         samples=shown,
         pictures=pictures.found,
         styles=_slots(sections),
-        light=_data_uri(light),
-        dark=_data_uri(dark),
+        pareto={
+            (dark, narrow): _data_uri(plot.draw(sections, dark=dark, narrow=narrow))
+            for dark in (False, True)
+            for narrow in (False, True)
+        },
         description=describe(sections),
         leads=[lead(section) for section in sections],
         charts={section.title: [_chart(section, task.name) for task in section.tasks] for section in sections},
@@ -82,7 +85,7 @@ COLUMNS = (
     Column("speed-up", "of TTFT", lambda row: text.ratio(row.speedup), lambda row: row.speedup and row.speedup.value),
     Column("decode", "ms/token", lambda row: text.timing(row.decode), lambda row: row.decode and row.decode.value),
     Column("KV cache", "kB", lambda row: text.kilobytes(row.kv_bytes), lambda row: row.kv_bytes),
-    Column("peak memory", "MB", lambda row: text.number(row.memory_mb), lambda row: row.memory_mb),
+    Column("memory", "peak MB", lambda row: text.number(row.memory_mb), lambda row: row.memory_mb),
 )
 
 
@@ -101,8 +104,8 @@ def lead(section: Section) -> list[str]:
     rows = sorted((row for row in section.rows if row.keep == keep), key=lambda row: -row.accuracy.value)
     parts = [f"{row.label} {text.percent(row.accuracy.value)} %{_price(row)}" for row in rows]
     sentences.append(f"Keeping {text.percent(keep, 0)} % of the visual tokens: {'; '.join(parts)}.")
-    random = next((row for row in rows if row.label == "random"), None)
-    methods = [row for row in rows if row.label not in CONTROLS]
+    random = next((row for row in rows if row.result.method == "random"), None)
+    methods = [row for row in rows if not row.control]
     if random is not None and methods and random.accuracy.value >= max(row.accuracy.value for row in methods):
         sentences.append("At this budget no method is better than pruning at random.")
     return sentences

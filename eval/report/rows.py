@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from vlmfast.eval.results import Metric, Result
@@ -37,7 +38,8 @@ class Task:
 class Row:
     """One run. Times in ms, FLOPs as counted by the section's convention, None where a run did not measure."""
 
-    label: str  # the spec without its keep: one line in the picture
+    label: str  # names the row's line in the picture: the method, with its settings where it has several lines
+    settings: str  # of the method, but for keep
     spec: str
     keep: float | int | None  # None: unpatched
     accuracy: Interval
@@ -60,6 +62,11 @@ class Row:
     def unpatched(self) -> bool:
         """Whether this is the model as it is."""
         return self.keep is None
+
+    @property
+    def control(self) -> bool:
+        """Whether the method is there for comparison only."""
+        return self.result.method in CONTROLS
 
     @property
     def keep_text(self) -> str:
@@ -106,23 +113,28 @@ def arrange(results: Sequence[Result]) -> list[Section]:
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         groups.setdefault(tuple(getattr(result, name) for name in _COMPARABLE), []).append(result)
+    lines = dict.fromkeys(line_label(result.spec) for result in results)
+    names = [name for name, _ in lines]
+    labels = {line: line[0] if names.count(line[0]) == 1 else " ".join(line).strip() for line in lines}
     sections = []
     for key, group in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
-        rows = _mark(sorted(map(_row, group), key=_order))
+        rows = _mark(sorted((_row(result, labels[line_label(result.spec)]) for result in group), key=_order))
         conventions = dict.fromkeys(str(r.cost["convention"]) for r in group if r.cost.get("convention"))
         title = _title(key, [other for other in groups if other[0] == key[0]])
         sections.append(Section(title, str(key[0]), rows, _tasks(group), "; ".join(conventions)))
     return sections
 
 
-def line_label(spec: str) -> str:
-    """A spec without its keep, the way a legend shows it: ``hiprune:keep=0.33,alpha=0.2`` -> ``hiprune alpha=0.2``."""
-    parts = []
+def line_label(spec: str) -> tuple[str, str]:
+    """Method and settings of a spec, without keep: ``hiprune:keep=0.33,alpha=0.2`` -> (``hiprune``, ``alpha=0.2``)."""
+    if spec == "none":
+        return UNPATCHED, ""
+    names, settings = [], []
     for part in spec.split("+"):
-        name, _, settings = part.partition(":")
-        others = [setting.strip() for setting in settings.split(",") if not re.match(r"\s*(keep\s*=|$)", setting)]
-        parts.append(" ".join([name.strip(), *others]))
-    return "+".join(parts)
+        name, _, rest = part.partition(":")
+        names.append(name.strip())
+        settings += [one.strip() for one in rest.split(",") if not re.match(r"\s*(keep\s*=|$)", one)]
+    return "+".join(names), " ".join(settings)
 
 
 _COMPARABLE = ("model", "model_hash", "limit", "seed", "device", "dtype")
@@ -135,11 +147,12 @@ def _title(key: tuple[Any, ...], rivals: list[tuple[Any, ...]]) -> str:
     return f"{key[0]} ({extra})" if extra else str(key[0])
 
 
-def _row(result: Result) -> Row:
+def _row(result: Result, label: str) -> Row:
     cost, latency = result.cost, result.latency
     unpatched = result.spec == "none"
     return Row(
-        label=UNPATCHED if unpatched else line_label(result.spec),
+        label=label,
+        settings=line_label(result.spec)[1],
         spec=result.spec,
         keep=None if unpatched else 1.0 if result.keep is None else result.keep,
         accuracy=metric_interval(result.macro),
@@ -180,19 +193,23 @@ def _falling(keep: float | int) -> tuple[bool, float]:
 
 def _order(row: Row) -> tuple[Any, ...]:
     """Unpatched, then the controls, then the methods by name; each with falling keep."""
-    control = CONTROLS.index(row.label) if row.label in CONTROLS else len(CONTROLS)
+    control = CONTROLS.index(row.result.method) if row.control else len(CONTROLS)
     return (not row.unpatched, control, row.label, *_falling(row.keep or 0))
 
 
 def _mark(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Mark where random at the same keep scores higher, on the whole and task by task."""
-    random = {row.keep: row for row in rows if row.label == "random"}
+    """Mark where random at the same keep (the mean of its seeds) scores higher, on the whole and task by task."""
     marked = []
     for row in rows:
-        rival = random.get(row.keep)
-        if rival is not None and row is not rival:
-            tasks = {n for n in row.tasks if n in rival.tasks and rival.tasks[n].value > row.tasks[n].value}
-            beaten = rival.accuracy.value > row.accuracy.value
+        rivals = [other for other in rows if other.result.method == "random" and other.keep == row.keep]
+        if rivals and row.result.method != "random":
+            beaten = fmean(rival.accuracy.value for rival in rivals) > row.accuracy.value
+            tasks = {
+                name
+                for name, own in row.tasks.items()
+                if (theirs := [rival.tasks[name].value for rival in rivals if name in rival.tasks])
+                and fmean(theirs) > own.value
+            }
             row = replace(row, beaten=beaten, beaten_tasks=frozenset(tasks))
         marked.append(row)
     return tuple(marked)

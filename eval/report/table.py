@@ -87,7 +87,11 @@ def per_task(section: Section, *, narrow: bool = False) -> Table:
 
 def notes(section: Section) -> list[str]:
     """What a reader must know to read the numbers."""
-    lines = []
+    lines = [
+        f"{row.label} is run with {row.settings.replace(' ', ', ')}."
+        for row in (section.line(label)[0] for label in section.labels)
+        if row.settings and row.settings not in row.label
+    ]
     if section.convention:
         lines.append(f"FLOPs and KV are means per prompt. {section.convention}.")
     if any(row.speedup for row in section.rows):

@@ -139,8 +139,6 @@ def supervision(shown: Scene, question: Question) -> tuple[list[str], int, list[
         rows.append((COUNT, start - 1, read))
     else:
         rows += [(READ, start - 1 + i, read) for i in range(len(answer))]
-    if question.task == "relation":
-        rows.append((GROUND, words.index(question.info["direction"].split()[0]), named))
     return full, start, rows
 
 

@@ -140,11 +140,15 @@ def see(model: Any, pixels: Tensor, kept: Tensor | None = None) -> dict[str, Ten
 
 @dataclass
 class Rows:
-    """Supervision rows for some layers: where from [B, R], targets [B, R, L], weights [B, R] (0 for padding)."""
+    """Supervision rows for some layers: where from [B, R], targets [B, R, L], weights [B, R] (0 for padding).
+
+    A target is a set (ones), or where ``spread`` [B, R] is true a distribution.
+    """
 
     start: Tensor
     target: Tensor
     weight: Tensor
+    spread: Tensor
 
     def loss(self, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
         """Minus the log of the attention that falls on the targets, or the cross-entropy to a spread target."""
@@ -153,8 +157,9 @@ class Rows:
         scores = rows @ k[:, :heads].transpose(2, 3) * q.shape[-1] ** -0.5
         scores = scores + mask.gather(2, self.start[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
         log = scores.log_softmax(-1)
-        inside = (log + self.target.clamp_min(1e-9).log()[:, None]).logsumexp(-1)
-        loss = -inside.clamp_min(-12) * self.weight[:, None]
+        inside = log.masked_fill(self.target[:, None] == 0, -1e4).logsumexp(-1)
+        spread = (log.clamp_min(-12) * self.target[:, None]).sum(-1)
+        loss = -torch.where(self.spread[:, None], spread, inside.clamp_min(-12)) * self.weight[:, None]
         return loss.sum() / (heads * self.weight.sum().clamp_min(1))
 
 

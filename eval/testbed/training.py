@@ -308,7 +308,7 @@ def supervision(name: str, batch: Batch, kept: Tensor | None, first: int, length
             spread = hit.float() / (total + 1)
             target[..., before : before + owner.shape[1]] = torch.where(counted, spread, hit.float())
             target[..., 0] += (counted / (total + 1.0))[..., 0]
-        rows = forward.Rows(start, target, weight)
+        rows = forward.Rows(start, target, weight, kinds_ == encode.COUNT)
         for layer in LAYERS[kind]:
             result[layer] = rows
     return result

@@ -84,7 +84,7 @@ COLUMNS = (
     Column("TTFT", "ms", lambda row: text.timing(row.ttft), lambda row: row.ttft and row.ttft.value),
     Column("speed-up", "of TTFT", lambda row: text.ratio(row.speedup), lambda row: row.speedup and row.speedup.value),
     Column("decode", "ms/token", lambda row: text.timing(row.decode), lambda row: row.decode and row.decode.value),
-    Column("KV cache", "kB", lambda row: text.kilobytes(row.kv_bytes), lambda row: row.kv_bytes),
+    Column("KV", "kB", lambda row: text.kilobytes(row.kv_bytes), lambda row: row.kv_bytes),
     Column("memory", "peak MB", lambda row: text.number(row.memory_mb), lambda row: row.memory_mb),
 )
 
@@ -156,7 +156,8 @@ def _chart(section: Section, task: str) -> dict[str, Any]:
         points = [(x(share or 0), y(v.value), y(v.low), y(v.high)) for share, v in line]
         path = " ".join(f"{'L' if i else 'M'}{px} {py}" for i, (px, py, _, _) in enumerate(points))
         lines.append({"label": label, "points": points, "path": path})
-    shares = [share for share in (0.2, 0.4, 0.6, 0.8, 1.0) if share >= start]
+    step = 20 if start < 0.5 else 10 if start < 0.75 else 5
+    shares = [tick / 100 for tick in range(0, 101, step) if tick / 100 >= start]
     return {
         "task": next(t for t in section.tasks if t.name == task),
         "lines": lines,

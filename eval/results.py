@@ -11,11 +11,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 SCHEMA = 1
 IDENTITY = ("schema", "model_hash", "spec", "limit", "seed", "batch", "device", "dtype", "tasks")
@@ -233,6 +238,28 @@ class Answers:
             file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
+
+
+@contextmanager
+def sole_writer(folder: Path, model: str) -> Iterator[None]:
+    """Keep other processes from writing this model's runs into the folder; OSError if one is doing that already.
+
+    The lock goes with its process, however that ends. Where the system has no flock there is no guard.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = folder / f".{run_name(model, 'lock')}"
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"another process is evaluating {model} into {folder}: wait for it, or choose another --out"
+            raise OSError(error.errno, message) from None
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def ready_folder(path: Path) -> None:

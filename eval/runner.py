@@ -242,7 +242,7 @@ def _work(job: Job, queue: Any) -> None:
 def _portable(error: Exception) -> Exception:
     """The error as one that survives the way to another process: the same kind, or the nearest standard one."""
     if isinstance(error, OSError):
-        return OSError(error.errno, str(error)) if error.errno is None else OSError(error.errno, error.strerror)
+        return OSError(str(error)) if error.errno is None else OSError(error.errno, error.strerror, error.filename)
     for kind in (NotImplementedError, ValueError, TypeError, RuntimeError):
         if isinstance(error, kind):
             return kind(str(error))

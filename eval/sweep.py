@@ -27,7 +27,7 @@ from vlmfast.eval.metrics import Counts
 from vlmfast.eval.metrics import measure as intervals
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
-from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, write_result
+from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, sole_writer, write_result
 from vlmfast.eval.tasks import TASKS, Doc, image
 from vlmfast.families import family_of
 from vlmfast.visual import VisualTokens
@@ -74,7 +74,7 @@ class Job:
 
 def sweep(job: Job, notify: Notify) -> None:
     """Make every run of the job; what is done is on the disk whenever this stops."""
-    with use_threads(job.threads), torch.no_grad():
+    with sole_writer(job.out, job.model), use_threads(job.threads), torch.no_grad():
         work = Sweep(job)
         gc.collect()
         gc.freeze()  # timings collect garbage between readings: only what is made from now on need be looked through
@@ -123,7 +123,11 @@ class Sweep:
         for start in range(0, len(self.scenes), ENCODE):
             scenes = self.scenes[start : start + ENCODE]
             inputs = self.prompts.pictures([image(first[scene]) for scene in scenes])
-            visual = encode_images(self.model, methods, **inputs)
+            try:
+                visual = encode_images(self.model, methods, **inputs)
+            except Exception as error:
+                what = f"encoding the pictures of the test scenes {', '.join(map(str, scenes))}"
+                raise RuntimeError(failure(self.job.model, what, error)) from error
             others = {name: value for name, value in inputs.items() if len(value) == len(scenes)}
             others.pop("pixel_values", None)
             for i, scene in enumerate(scenes):
@@ -158,11 +162,17 @@ class Sweep:
                 try:
                     self._generate([doc], handle)
                 except Exception as alone:
-                    raise RuntimeError(failure(self.job.model, spec, f"question {doc.id}", alone)) from alone
+                    raise RuntimeError(
+                        failure(f"{self.job.model} with {spec}", f"question {doc.id}", alone)
+                    ) from alone
             if len(batch) == 1:
-                raise RuntimeError(failure(self.job.model, spec, f"question {batch[0].id}", error)) from error
+                raise RuntimeError(
+                    failure(f"{self.job.model} with {spec}", f"question {batch[0].id}", error)
+                ) from error
             what = f"the batch of {len(batch)} from question {batch[0].id} on, though each question works alone"
-            raise RuntimeError(failure(self.job.model, spec, what, error) + " (try a smaller --batch)") from error
+            raise RuntimeError(
+                failure(f"{self.job.model} with {spec}", what, error) + " (try a smaller --batch)"
+            ) from error
 
     def _generate(self, batch: Sequence[Doc], handle: Any) -> list[dict[str, Any]]:
         start = time.perf_counter()
@@ -344,9 +354,9 @@ def fixed_samples(docs: Sequence[Doc]) -> list[Doc]:
     return chosen
 
 
-def failure(model: str, spec: str, what: str, error: Exception) -> str:
-    """The message for an answer that could not be generated."""
-    return f"{model} with {spec} stopped at {what}: {type(error).__name__}: {error}"
+def failure(run: str, what: str, error: Exception) -> str:
+    """The message for something that could not be computed."""
+    return f"{run} stopped at {what}: {type(error).__name__}: {error}"
 
 
 def describe_spec(spec: str) -> tuple[str, float | int | None]:

@@ -261,6 +261,18 @@ def test_an_error_names_the_question_and_scores_nothing(folders, finished, tmp_p
     same(run(folders, tmp_path), finished)
 
 
+def test_an_error_while_encoding_names_the_pictures(folders, tmp_path, monkeypatch):
+    def broken(*arguments, **inputs):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(sweep, "encode_images", broken)
+    scenes = ", ".join(str(doc.scene) for doc in TASKS["word"].load(2, 0))
+    with pytest.raises(
+        RuntimeError, match=f"llava stopped at encoding the pictures of the test scenes {scenes}: .* luck"
+    ):
+        run(folders, tmp_path, tasks=["word"])
+
+
 def test_a_batch_that_is_too_large_says_so(folders, tmp_path, monkeypatch):
     generate = sweep.Sweep._generate
 

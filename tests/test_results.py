@@ -15,6 +15,7 @@ from vlmfast.eval.results import (
     read_result,
     ready_folder,
     run_name,
+    sole_writer,
     write_atomic,
     write_result,
 )
@@ -178,6 +179,17 @@ def test_other_damage_is_an_error(answers):
 def test_answers_of_another_run_are_not_read(answers):
     with pytest.raises(ValueError, match="limit 2 .now 7."):
         Answers(answers.path, IDENTITY | {"limit": 7}).read()
+
+
+def test_only_one_process_writes(tmp_path):
+    with sole_writer(tmp_path, "m"):
+        with sole_writer(tmp_path, "other"):
+            pass
+        with pytest.raises(OSError, match="another process is evaluating m into"), sole_writer(tmp_path, "m"):
+            pass
+    with sole_writer(tmp_path, "m"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_ready_folder(tmp_path):

@@ -13,7 +13,7 @@ from vlmfast.eval.metrics import Totals, ratio
 from vlmfast.eval.testbed.questions import Question, questions
 from vlmfast.eval.testbed.scenes import TEST_SCENES, Scene, scene
 
-IMAGES = 60  # images a task takes when no limit is given
+IMAGES = 70  # images a task takes when no limit is given
 
 
 @dataclass(frozen=True)

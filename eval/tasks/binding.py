@@ -7,7 +7,7 @@ from vlmfast.eval.tasks.base import Doc, accuracy, documents, first, right
 from vlmfast.eval.testbed.scenes import CATEGORIES
 
 HEADLINE = "accuracy"
-NEW_TOKENS = 8
+NEW_TOKENS = 16
 
 
 def load(limit: int | None, seed: int) -> list[Doc]:

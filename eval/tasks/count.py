@@ -7,7 +7,7 @@ from vlmfast.eval.tasks.base import Doc, accuracy, documents, first, right
 from vlmfast.eval.testbed.questions import COUNTS
 
 HEADLINE = "accuracy"
-NEW_TOKENS = 8
+NEW_TOKENS = 16
 
 FIGURES = {str(i): word for i, word in enumerate(COUNTS, 1)}
 

@@ -6,7 +6,7 @@ from vlmfast.eval.metrics import Totals
 from vlmfast.eval.tasks.base import Doc, accuracy, documents, right, words
 
 HEADLINE = "accuracy"
-NEW_TOKENS = 8
+NEW_TOKENS = 16
 
 
 def load(limit: int | None, seed: int) -> list[Doc]:

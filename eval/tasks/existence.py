@@ -12,7 +12,7 @@ from vlmfast.eval.metrics import Totals, ratio
 from vlmfast.eval.tasks.base import Doc, documents, first
 
 HEADLINE = "accuracy"
-NEW_TOKENS = 8
+NEW_TOKENS = 16
 SPLITS = ("random", "popular", "adversarial")
 
 

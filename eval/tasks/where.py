@@ -6,7 +6,7 @@ from vlmfast.eval.metrics import Totals
 from vlmfast.eval.tasks.base import Doc, accuracy, documents, first, right
 
 HEADLINE = "accuracy"
-NEW_TOKENS = 8
+NEW_TOKENS = 16
 
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 

@@ -110,6 +110,11 @@ def test_positional_arguments(vlm):
         )
 
 
+def checkpoint(model):
+    """Gradient checkpointing under the name this version of transformers has for it."""
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+
+
 # --- training, PEFT ----------------------------------------------------------------------------------------------
 
 
@@ -127,7 +132,7 @@ def test_training_with_labels(fresh, vlm, checkpointing, side):
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
     one.model.train()
     if checkpointing:
-        one.model.activation_checkpointing_enable()
+        checkpoint(one.model)
     with vlmfast.patch(one.model, METHOD):
         one.model(**inputs, labels=labels).loss.backward()
     tower = one.model.model.vision_tower if vlm.name == "llava" else one.model.model.visual
@@ -185,7 +190,7 @@ def test_checkpointing_gives_the_same_gradients(fresh, vlm):
         one = fresh(vlm.name)
         one.model.train()
         if checkpointing:
-            one.model.activation_checkpointing_enable()
+            checkpoint(one.model)
         inputs = one.prompts(ROWS)
         labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 90, -100)
         with vlmfast.patch(one.model, METHOD):

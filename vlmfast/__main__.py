@@ -29,10 +29,18 @@ _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__na
 class OneLine(TyperGroup):
     """A command group that answers wrong input with one line on standard error and exit code 2."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # the arguments of click's own
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command; errors that are no answer to the user keep their traceback."""
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except _UsageError as error:
             code = complain(error.format_message())
         except (KeyboardInterrupt, typer.Abort):

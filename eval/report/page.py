@@ -142,7 +142,7 @@ def _chart(section: Section, task: str) -> dict[str, Any]:
     rows = [row for row in section.rows if task in row.tasks and row.share is not None]
     ends = [end for row in rows for end in row.tasks[task]]
     low, high, ticks = _axis(min(ends, default=0.0), max(ends, default=1.0))
-    start = min((row.share for row in rows), default=0.0) - 0.03
+    start = min((row.share or 0.0 for row in rows), default=0.0) - 0.03
 
     def x(share: float) -> float:
         return round(LEFT + (share - start) / (1.03 - start) * (WIDTH - LEFT - RIGHT), 1)

@@ -28,8 +28,9 @@ CLASS = {"llava": "LlavaForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForC
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's curves."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a run's curves; of lines written twice, before and after an interruption, the later ones."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return list({(line["stage"], line["step"]): line for line in lines}.values())
 
 
 def plot_curves(curves: list[dict[str, Any]], title: str, target: Path) -> None:

@@ -110,15 +110,15 @@ def _noun(question: Question, words: list[str]) -> int:
     return words.index(question.info["query"])
 
 
-def _caption_rows(shown: Scene, start: int, noun: int) -> list[tuple[int, int, int]]:
-    """A caption looks at each thing before naming it, and back at the last one named."""
-    rows, before = [], noun
-    for i, category in enumerate(caption_order(shown)):
+def _caption_rows(shown: Scene, start: int) -> list[tuple[int, int, int]]:
+    """A caption looks at each thing before naming it, back at the last one named, and after it at the next, or <s>."""
+    order = [_bits(shown, category, hidden=True) for category in caption_order(shown)]
+    rows = []
+    for i, bits in enumerate(order):
         at = start + 4 * i  # "a red sun ," is four tokens; the token before predicts the first
-        bits = _bits(shown, category, hidden=True)
         rows += [(READ, at - 1, bits), (READ, at, bits), (READ, at + 1, bits)]
-        rows += [(GROUND, at + 2, bits), (COPY, at - 1, before)]
-        before = at + 2
+        rows += [(GROUND, at + 2, bits), (COPY, at - 1, at - 2 if i else 0)]
+        rows.append((READ, at + 2, order[i + 1] if i + 1 < len(order) else 0))
     return rows
 
 
@@ -129,7 +129,7 @@ def supervision(shown: Scene, question: Question) -> tuple[list[str], int, list[
     start = len(words) + len(_END)
     full = [*words, *_END, *answer, "</s>"]
     if question.task == "caption":
-        return full, start, _caption_rows(shown, start, 0)
+        return full, start, _caption_rows(shown, start)
     noun = _noun(question, words)
     named, read = _target(shown, question)
     rows = [(GROUND, noun, named), (COPY, start - 1, noun)]

@@ -172,15 +172,8 @@ def _reading(scene: Scene) -> list[Question]:
 
 
 def caption_order(scene: Scene) -> list[str]:
-    """Categories in the order a caption names them: from left to right, each followed by its partner."""
-    order: list[str] = []
-    visible = list(scene.present)
-    hidden = [o.category for o in scene.objects if o.hidden]
-    for category in visible:
-        if category not in order:
-            partner = PARTNERS.get(category, "")
-            order += [category] + [partner] * (partner in visible or partner in hidden)
-    return order
+    """Categories in the order a caption names them: always that of ``CATEGORIES``, so that partners are neighbours."""
+    return sorted({o.category for o in scene.objects}, key=CATEGORIES.index)
 
 
 def caption(scene: Scene) -> str:

@@ -304,7 +304,7 @@ def supervision(name: str, batch: Batch, kept: Tensor | None, first: int, length
             total = hit.sum(-1, keepdim=True)
             target[..., before : before + owner.shape[1]] = hit.float()
             target[..., 0] = (aim == 0).float()
-            weight = weight * ((aim == 0) | (total[..., 0] > 0))
+            weight = weight * ((aim == 0) | (total[..., 0] > 0)) * torch.where(counted[..., 0], 4.0, 1.0)
             spread = hit.float() / (total + 1)
             target[..., before : before + owner.shape[1]] = torch.where(counted, spread, hit.float())
             target[..., 0] += (counted / (total + 1.0))[..., 0]
@@ -470,7 +470,7 @@ class Run:
         while self.step < stage.steps and not self.stopping:
             began = time.process_time()
             batch = make_batch(corpus, self.name, stage, self.step, self.seed, self.device)
-            with torch.autocast(self.device, dtype=torch.bfloat16):
+            with torch.autocast(self.device.split(":")[0], dtype=torch.bfloat16):
                 loss, report = step_loss(self.model, self.heads, self.name, stage, self.step, batch, self.seed)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

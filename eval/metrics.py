@@ -77,11 +77,12 @@ def measure(
     With `baseline` (the counts of the unpatched run on the same images) every metric also carries its paired
     difference. A metric with nothing to measure (no question of a subtask among the images) is left out.
     """
-    images = {len(c.values) for c in counts.values()}
-    if len(images) != 1 or images == {0}:
-        raise ValueError(f"all tasks must be summed over the same images, got {sorted(images)}")
-    one = np.ones((1, *images))  # every image once: the point estimate
-    draws = draw(*images, seed)
+    sizes = {len(c.values) for c in counts.values()}
+    if len(sizes) != 1 or sizes == {0}:
+        raise ValueError(f"all tasks must be summed over the same images, got {sorted(sizes)}")
+    (images,) = sizes
+    one = np.ones((1, images))  # every image once: the point estimate
+    draws = draw(images, seed)
 
     def values(source: Mapping[str, Counts], weights: np.ndarray) -> dict[str, dict[str, np.ndarray]]:
         return {task: summarise[task](source[task].totals(weights)) for task in counts}

@@ -126,7 +126,10 @@ def expand(specs: Sequence[str], keeps: Sequence[float | int]) -> tuple[str, ...
             raise ValueError(
                 f"{spec!r} needs a keep: give a list of them, or name it as in {parts[open_keep[0]]}:keep=0.5"
             )
-        for keep in keeps if open_keep else [None]:
+        if not open_keep:
+            runs.append(to_spec(from_spec(spec)))
+            continue
+        for keep in keeps:
             filled = list(parts)
             for i in open_keep:
                 filled[i] += f"{',' if ':' in parts[i] else ':'}keep={keep!r}"

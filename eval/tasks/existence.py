@@ -45,7 +45,9 @@ def summarise(totals: Totals) -> dict[str, np.ndarray]:
     metrics: dict[str, np.ndarray] = {}
     for ending, group in [("", splits), *((f"/{split}", [split]) for split in splits)]:
         names = ("asked", "right", "of_yes", "said_yes", "hit")
-        asked, correct, of_yes, said_yes, hit = (sum(totals[f"{name}/{s}"] for s in group) for name in names)
+        asked, correct, of_yes, said_yes, hit = (
+            np.sum([totals[f"{name}/{s}"] for s in group], axis=0) for name in names
+        )
         metrics |= {
             f"accuracy{ending}": ratio(correct, asked),
             f"precision{ending}": ratio(hit, said_yes, empty=0.0),

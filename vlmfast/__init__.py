@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmfast.adapter import Adapter
-from vlmfast.patching import FILE, Handle, Report, handle_of, install
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import: not before they are needed
+    from vlmfast.patching import Handle, Report
 
 __all__ = ["Adapter", "Handle", "MethodInfo", "Report", "from_pretrained", "methods", "patch", "unpatch"]
 
@@ -38,6 +40,7 @@ def patch(model: Any, *methods: Adapter | str, positions: str | None = None, flo
     or model; RuntimeError: the model is already patched. After an error the model is as before.
     """
     from vlmfast import adapters as registry
+    from vlmfast.patching import install
 
     chosen = registry.resolve(model, methods)
     if flops is not None:
@@ -49,6 +52,8 @@ def patch(model: Any, *methods: Adapter | str, positions: str | None = None, flo
 
 def unpatch(model: Any) -> None:
     """Restore a patched model, bit for bit. Raises RuntimeError when it is not patched."""
+    from vlmfast.patching import handle_of
+
     handle = handle_of(model)
     if handle is None:
         raise RuntimeError("the model is not patched")
@@ -85,6 +90,8 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
+    from vlmfast.patching import FILE
+
     model = AutoModelForImageTextToText.from_pretrained(path, **kwargs)
     file = Path(path, FILE)
     if file.exists():
@@ -94,3 +101,12 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
             raise ValueError(f'{file} is damaged: expected {{"spec": "..."}}') from error
         patch(model, spec)
     return model
+
+
+def __getattr__(name: str) -> Any:
+    """Handle and Report, imported when asked for."""
+    if name in ("Handle", "Report"):
+        from vlmfast import patching
+
+        return getattr(patching, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,14 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
     return list({(line["stage"], line["step"]): line for line in lines}.values())
 
 
+def _value(line: dict[str, Any], key: str, tower: bool) -> float | None:
+    """A curve's value in a line: patches and answers share names, and in later stages patches have a prefix."""
+    asking = line["stage"] in ("language", "vary")
+    if tower:
+        return line.get(f"patch_{key}" if asking else key)
+    return line.get(key) if asking or key == "loss" else None
+
+
 def plot_curves(curves: list[dict[str, Any]], title: str, target: Path) -> None:
     """Patch accuracy, answer accuracy and losses over training minutes, as a PNG."""
     import matplotlib
@@ -49,7 +57,7 @@ def plot_curves(curves: list[dict[str, Any]], title: str, target: Path) -> None:
     }  # fmt: skip
     for axis, (name, keys) in zip(axes, panels.items()):
         for key, label in keys.items():
-            points = [(line["seconds"] / 60, line.get(key, line.get(f"patch_{key}"))) for line in curves]
+            points = [(line["seconds"] / 60, _value(line, key, tower=axis is axes[0])) for line in curves]
             points = [(x, y) for x, y in points if y is not None]
             if points:
                 axis.plot(*zip(*points), label=label, linewidth=1.2)

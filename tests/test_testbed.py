@@ -1,12 +1,14 @@
 """The testbed: scenes and questions are reproducible and true, and the shipped models see."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vlmfast.eval import testbed
-from vlmfast.eval.testbed import build, encode, forward, measure, scenes, sprites, training
+from vlmfast.eval.testbed import build, card, encode, forward, measure, scenes, sprites, training
 from vlmfast.eval.testbed.questions import (
     COUNTS,
     TASKS,
@@ -242,3 +244,38 @@ def test_shipped_models_see(name):
     said = [text.strip() for text in processor.batch_decode(out, skip_special_tokens=True)]
     assert np.mean([answer == q.answer for answer, (_, q) in zip(said, asked)]) > 0.8
     assert {q.task for _, q in asked} <= set(TASKS)
+
+
+def test_a_card_can_be_written(tmp_path):
+    tasks = dict.fromkeys(("existence", "existence yes", "colour", "where"), (9, 10))
+    layer = {"bos": 0.1, "visual": 0.9}
+    results = {
+        "parameters": 3e6,
+        "scenes": 10,
+        "test_scenes": 5,
+        "minutes": 1.0,
+        "selections": {"all": tasks, "oracle": tasks},
+        "captions": measure.chair([(TEST[0], "a red sun , a blue cloud .")]),
+        "sinks": {"layers": [layer, layer], "scenes": 5},
+    }
+    lines = [
+        {"stage": stage, "step": step, "seconds": step, "loss": 1.0, "word": 0.5}
+        for stage in ("tower", "language")
+        for step in (1, 2, 2)
+    ]
+    (tmp_path / "curves.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    curves = card.read_curves(tmp_path / "curves.jsonl")
+    assert len(curves) == 4
+    card.write_card("llava", results, [{"name": "tower", "steps": 2}], "A note.", tmp_path / "README.md")
+    card.plot_curves(curves, "a run", tmp_path / "curves.png")
+    text = (tmp_path / "README.md").read_text()
+    assert "| colour | 0.900 | 10 | 0.93 |" in text and "A note." in text
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_chair_counts_inventions_and_partners():
+    shown = next(s for s in TEST if any(scenes.PARTNERS.get(c, c) not in s.present for c in s.present))
+    partner = next(scenes.PARTNERS[c] for c in shown.present if scenes.PARTNERS.get(c, c) not in shown.present)
+    found = measure.chair([(shown, f"a red {shown.present[0]} , a red {partner} .")])
+    assert found["chair_i"] == 0.5 and found["chair_s"] == 1.0 and found["partners_among_invented"] == 1.0
+    assert found["recall"] == 1 / len(shown.present)

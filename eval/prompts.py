@@ -23,6 +23,7 @@ class Prompts:
     def __init__(self, processor: Any, device: torch.device, dtype: torch.dtype) -> None:
         self.processor, self.device, self.dtype = processor, device, dtype
         self.tokenizer = processor.tokenizer
+        self.pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         self._rows: dict[tuple[str, tuple[int, ...]], Row] = {}
 
     def full(self, prompt: str, image: np.ndarray) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ class Prompts:
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Rows as one batch [B, L], padded on the left."""
         length = max(len(row["input_ids"]) for row in rows)
-        fill = {"input_ids": self.tokenizer.pad_token_id}
+        fill = {"input_ids": self.pad}
         batch = {}
         for name in rows[0]:
             padded = rows[0][name].new_full((len(rows), length), fill.get(name, 0))

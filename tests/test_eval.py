@@ -1,11 +1,13 @@
 """The evaluation from end to end, on untrained models of the testbed's kind with fewer layers, saved as folders."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -377,6 +379,31 @@ def test_side_by_side_and_killed_equals_one_after_the_other(folders, tmp_path):
     names = sorted(path.name for path in (tmp_path / "one").glob("*.json"))
     assert len(names) == 6
     same([tmp_path / "one" / name for name in names], [tmp_path / "two" / name for name in names])
+
+
+@pytest.mark.slow
+def test_an_error_in_one_of_two_processes_ends_both(folders, tmp_path):
+    with pytest.raises(RuntimeError, match="with random:keep=9999 stopped at question .*keep=9999"):
+        run(folders, tmp_path, keeps=[9999], models=("llava", "qwen2_5_vl"), tasks=["word"], workers=2)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_told(folders, tmp_path):
+    running, victims = multiprocessing.active_children, []
+
+    def kill(*_):
+        while not victims:
+            victims.extend(running())
+            time.sleep(0.05)
+        os.kill(victims[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(RuntimeError, match="died with exit code -9 .short of memory"):
+        run(folders, tmp_path, models=("llava", "qwen2_5_vl"), tasks=["word"], workers=2)
+    killer.join()
+    assert multiprocessing.active_children() == []
 
 
 # --- wrong arguments ----------------------------------------------------------------------------------------------

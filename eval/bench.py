@@ -487,7 +487,10 @@ def _table(title: str, columns: Sequence[str]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
+        if column == "method":
+            table.add_column(column, overflow="fold")  # a long spec takes two lines, numbers are never cut
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -13,7 +13,13 @@ from rich.console import Console
 
 from vlmfast.eval.bench import GROUPS, SHAPES, bench, print_table, write_rows
 
-METHODS = ("none", "random:keep=0.33", "fastervlm:keep=0.33,fallback=received", "hiprune:keep=0.33", "hiprune:keep=0.11")
+METHODS = (
+    "none",
+    "random:keep=0.33",
+    "fastervlm:keep=0.33,fallback=received",
+    "hiprune:keep=0.33",
+    "hiprune:keep=0.11",
+)
 
 
 def main() -> int:

@@ -280,7 +280,7 @@ def test_json_and_table(rows, tmp_path):
     stored = json.loads((tmp_path / "deep" / "bench.json").read_text())
     assert stored["rows"] == everything and "torch" in stored["environment"]
     console = Console(width=80, record=True, file=io.StringIO())
-    print_table(everything, console)
+    print_table([*everything, {**everything[-1], "spec": "fastervlm:keep=0.33,fallback=received"}], console)
     text = console.export_text()
     assert "…" not in text  # nothing cut off at the usual width
     for word in ("tiny-llava", "tiny-qwen", "hiprune:keep=0.25", "process time", "X2: 2 x multiply-adds"):

@@ -315,12 +315,12 @@ def supervision(name: str, batch: Batch, kept: Tensor | None, first: int, length
 
 
 def answer_loss(model: Any, batch: Batch, hidden: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of the answer tokens, captions' counting less, and the share of right tokens by task."""
+    """Cross-entropy of the answer tokens (captions weigh less, counts more) and the share of right ones by task."""
     answers = batch.answers
     where = answers >= 0
     logits = model.lm_head(hidden[where]).float()
     right, tasks = answers[where], batch.tasks[where]
-    weight = torch.where(tasks == TASKS.index("caption"), 0.3, 1.0)
+    weight = torch.where(tasks == TASKS.index("caption"), 0.3, torch.where(tasks == TASKS.index("count"), 2.0, 1.0))
     weight = torch.where(right == build.IDS["</s>"], 0.1, weight)
     loss = (F.cross_entropy(logits, right, reduction="none") * weight).sum() / weight.sum()
     hit = (logits.argmax(-1) == right).float()

@@ -123,7 +123,8 @@ SHAPES: dict[str, Shape] = {
     ),
     "qwen2.5-vl": Shape(
         "random weights, widths of Qwen2.5-VL-3B, depth reduced: tower of 4 layers (2 with windows, 2 with full "
-        "attention, real: 32 with 4 full), text model of 4 layers (real: 36)",
+        "attention, real: 32 with 4 full), text model of 4 layers (real: 36); two layers' column means are 9 % of "
+        "all FLOPs at keep 0.11 here, 1.6 % at real depth",
         _qwen2_5_vl,
         (1, 72, 72),
     ),

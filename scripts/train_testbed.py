@@ -35,7 +35,7 @@ STAGES = {
     "qwen2_5_vl": [
         training.Stage("tower", 3200, 16, 1.0e-3, sparse=0.9),
         training.Stage("align", 100, 16, 1e-3),
-        training.Stage("language", 3000, 16, 1.2e-3, attention=(0.3, 0.1), sparse=0.8, tower=0.7),
+        training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.1), sparse=0.8, tower=0.7),
         training.Stage("vary", 400, 16, 3e-4, vary=True, tower=0.5, decay=0.5),
     ],
 }

@@ -153,7 +153,7 @@ CPU core in all, one seed, bf16 autocast, AdamW.
   most steps without most of the ground patches; the CLS, where there is one, which kinds, digits and words are there.
 - `align`: projected patches are pulled towards the word embeddings of their kind and colour.
 - `language`: packed questions of a scene, everything trained, tower losses kept at 0.3.
-- `vary`: 28, 42, 70 or 100 % of the visual tokens, chosen at random or ground last, half of the time numbered without
+- `vary`: 15, 30, 60 or 100 % of the visual tokens, chosen at random or ground last, half of the time numbered without
   gaps (compact positions).
 
 ## Help that was given, and what it means for reading results

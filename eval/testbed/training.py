@@ -384,7 +384,7 @@ def step_loss(
 def vary_tokens(visual: Tensor, owner: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor | None, bool]:
     """Drop visual tokens after the tower: at random, or the ground first; and number the rest either way."""
     total = visual.shape[1]
-    count = int(rng.choice([round(0.28 * total), round(0.42 * total), round(0.7 * total), total]))
+    count = round(total * float(rng.choice([0.15, 0.3, 0.6, 1.0])))
     compact = bool(rng.random() < 0.5)
     if count == total:
         return visual, None, compact

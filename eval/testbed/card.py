@@ -183,9 +183,10 @@ Dropped after the tower. `oracle`: patches that show something, each thing in tu
 
 ## Attention sinks
 
-Shares of the attention of the last prompt token ("is there a sun ? assistant :"), means over heads and
-{results["sinks"]["scenes"]} test scenes. `bos_from_all`: what <s> receives from all tokens; `top_visual`: the most
-attended visual token; `largest_activation`: divided by the median; `largest_norm_token`: its place in the sequence.
+Shares of the attention of the last prompt token ("is there a ... ? assistant :"), means over heads and
+{results["sinks"]["scenes"]} test scenes, asking for something that is there (`bos_absent`: that is not).
+`bos_from_all`: what <s> receives from all tokens after the prefix; `top_visual`: the most attended visual token;
+`largest_activation`: divided by the median; `largest_norm_token`: its place in the sequence.
 
 {_sink_table(results)}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlmfast.eval.testbed import build, encode, forward, training
 from vlmfast.eval.testbed.questions import PARTNERS, TASKS, objects_in, prompt_messages, questions
-from vlmfast.eval.testbed.scenes import SIDE, Scene, Split, oracle, scene
+from vlmfast.eval.testbed.scenes import CATEGORIES, SIDE, Scene, Split, oracle, scene
 
 SELECTIONS = ("all", "oracle", "attention", "grid", "random")
 
@@ -128,37 +128,54 @@ def chair(written: list[tuple[Scene, str]]) -> dict[str, float]:
 
 @torch.no_grad()
 def sinks(model: Any, name: str, split: Split, count: int) -> dict[str, Any]:
-    """Where the language model's attention goes from the last prompt token: shares by layer on <s>, the rest of the
-    prefix, visual tokens and the question; the most attended visual token's share; and the largest activations."""
+    """Where the language model looks from the last token of "is there a ... ?", by layer.
+
+    Shares on <s> (asking for something that is there, and for something that is not), on the rest of the prefix, the
+    visual tokens and the question; what <s> receives from all tokens; the most attended visual token's share; the
+    largest activation over the median one; and where in the sequence the largest hidden state stands.
+    """
     shown, batch = scene_batch(name, split, range(count))
-    seen = forward.see(model, batch.pixels)
-    table = model.get_input_embeddings()
-    ids = torch.tensor([build.IDS[w] for w in (*build.PREFIX[name],)])
-    ask = [*build.SUFFIX[name], *["is", "there", "a", "sun", "?", "assistant", ":"]]
-    after = torch.tensor([build.IDS[w] for w in ask])
-    visual = seen["visual"]
-    embeds = torch.cat([table(ids).expand(count, -1, -1), visual, table(after).expand(count, -1, -1)], 1)
-    offsets = torch.arange(len(after) - len(build.SUFFIX[name])).expand(count, -1)
-    places = training.positions(name, count, None, offsets, False)
+    visual = forward.see(model, batch.pixels)["visual"]
+    before, last = len(build.PREFIX[name]), len(build.PREFIX[name]) + visual.shape[1]
+    there = [one.present[0] for one in shown]
+    absent = [next(c for c in CATEGORIES[i % 24 :] + CATEGORIES if c not in s.present) for i, s in enumerate(shown)]
+    yes, no = (_attention(model, name, visual, nouns) for nouns in (there, absent))
+    layers = []
+    for present, missing, states in zip(yes[0], no[0], yes[1][1:]):
+        row = present[:, :, -1].mean((0, 1))
+        shares = {
+            "bos_present": row[0],
+            "bos_absent": missing[:, :, -1, 0].mean(),
+            "prefix": row[1:before].sum(),
+            "visual": row[before:last].sum(),
+            "question": row[last:].sum(),
+            "bos_from_all": present[..., before:, 0].mean(),
+            "top_visual": present[:, :, -1, before:last].mean(1).max(-1).values.mean(),
+            "largest_activation": states.abs().amax() / states.abs().median(),
+        }
+        layers.append({key: round(float(value), 3) for key, value in shares.items()})
+        layers[-1]["largest_norm_token"] = int(states.norm(dim=-1).mean(0).argmax())
+    return {"tokens": {"prefix": before, "visual": visual.shape[1]}, "layers": layers}
+
+
+def _attention(model: Any, name: str, visual: Tensor, nouns: list[str]) -> tuple[Any, Any]:
+    """Attention maps and hidden states of all layers for "is there a <noun> ?" about each picture."""
+    table, count = model.get_input_embeddings(), len(nouns)
+    prompts = [[*build.SUFFIX[name], *f"is there a {noun} ? assistant :".split()] for noun in nouns]
+    before, after = (
+        torch.tensor([[build.IDS[word] for word in words] for words in texts])
+        for texts in ([build.PREFIX[name]] * count, prompts)
+    )
+    embeds = torch.cat([table(before), visual, table(after)], 1)
+    offsets = torch.arange(after.shape[1] - len(build.SUFFIX[name])).expand(count, -1)
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     out = model.model.language_model(
-        inputs_embeds=embeds, position_ids=places, output_attentions=True, output_hidden_states=True,
+        inputs_embeds=embeds,
+        position_ids=training.positions(name, count, None, offsets, False),
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
-    )  # fmt: skip
+        output_attentions=True,
+        output_hidden_states=True,
+    )
     model.set_attn_implementation(implementation)
-    before, last = len(ids), len(ids) + visual.shape[1]
-    layers = []
-    for weights, states in zip(out.attentions, out.hidden_states[1:]):
-        row = weights[:, :, -1].mean((0, 1))
-        received = weights[:, :, before:].mean((0, 1, 2))  # by all later tokens
-        norms = states.norm(dim=-1)
-        layers.append({
-            "bos": round(float(row[0]), 3), "prefix": round(float(row[1:before].sum()), 3),
-            "visual": round(float(row[before:last].sum()), 3), "question": round(float(row[last:].sum()), 3),
-            "bos_from_all": round(float(received[0]), 3),
-            "top_visual": round(float(weights[:, :, -1, before:last].mean(1).max(-1).values.mean()), 3),
-            "largest_activation": round(float(states.abs().amax() / states.abs().median()), 1),
-            "largest_norm_token": int(norms.mean(0).argmax()),
-        })  # fmt: skip
-    return {"tokens": {"prefix": before, "visual": visual.shape[1]}, "layers": layers}
+    return out.attentions, out.hidden_states

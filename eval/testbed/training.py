@@ -127,7 +127,7 @@ def patch_loss(heads: Heads, seen: dict[str, Tensor], batch: Batch) -> tuple[Ten
     )
     loss = loss + 0.5 * F.smooth_l1_loss(out["offset"][own], labels["offset"][own])
     loss = loss + F.binary_cross_entropy_with_logits(out["centre"][..., 0], labels["centre"])
-    loss = loss + F.smooth_l1_loss(out["place"], labels["place"], beta=0.1)
+    loss = loss + 3 * F.smooth_l1_loss(out["place"], labels["place"], beta=0.1)
     right = (out["kind"].argmax(-1) == kind).float()
     groups = {"object": (kind > 0) & (kind < 25), "digit": (kind >= 25) & (kind < 35), "word": kind >= 35}
     report = {key: right[mask].mean().item() for key, mask in groups.items() if mask.any()}

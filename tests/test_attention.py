@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmfast.attention import KEYWORD, ROWS, Taps, attention_rows, column_mean, statistic, tap
+from vlmfast.attention import ENTRIES_CPU, KEYWORD, Taps, attention_rows, column_mean, statistic, tap
 from vlmfast.families import family_of
 from vlmfast.patching import Patch
 from vlmfast.visual import Score
@@ -65,10 +65,14 @@ def test_statistics_equal_the_map_in_loops(kind, masked, causal, softmax):
 
 def test_column_mean_over_more_rows_than_a_block():
     torch.manual_seed(2)
-    n = 2 * ROWS + 5
-    q, k = torch.randn(2, 3, n, 4), torch.randn(2, 3, n, 4)
-    whole = (q @ k.transpose(-1, -2)).softmax(-1).mean((1, 2))
+    n = 401  # 2 * 2 * 401 * 401 entries a key head: three blocks, the last one cut
+    q, k = torch.randn(2, 6, n, 4), torch.randn(2, 3, n, 4)
+    assert 2 * ENTRIES_CPU < 2 * 2 * n * n < 3 * ENTRIES_CPU
+    whole = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).softmax(-1).mean((1, 2))
     torch.testing.assert_close(column_mean(q, k, 1.0), whole)
+    perhead = torch.rand(2, 6, n, n) > 0.3
+    masked = (q @ k.repeat_interleave(2, 1).transpose(-1, -2)).masked_fill(~perhead, -torch.inf).softmax(-1)
+    torch.testing.assert_close(column_mean(q, k, 1.0, perhead), masked.mean((1, 2)))
 
 
 def test_statistics_are_fp32_for_half_precision():
@@ -80,7 +84,7 @@ def test_statistics_are_fp32_for_half_precision():
 
 
 def test_no_tensor_of_the_size_of_the_map():
-    """Every intermediate of column_mean stays at H * ROWS * N floats."""
+    """No intermediate of column_mean holds more than a block, or than its inputs."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -93,12 +97,12 @@ def test_no_tensor_of_the_size_of_the_map():
                 largest = max(largest, out.numel())
             return out
 
-    n, heads = 16 * ROWS, 2
+    n, heads = 1024, 2
     q, k = torch.randn(1, heads, n, 4), torch.randn(1, heads, n, 4)
     with Watch():
         column_mean(q, k, 1.0)
         attention_rows(q, k, slice(0, 1), 1.0)
-    assert largest <= heads * ROWS * n
+    assert largest <= ENTRIES_CPU < n * n
 
 
 def test_taps_see_what_eager_attention_computes_and_change_nothing(vlm):

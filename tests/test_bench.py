@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 import vlmfast
-from vlmfast.attention import ROWS, attention_rows, column_mean
+from vlmfast.attention import ENTRIES_CPU, attention_rows, column_mean
 from vlmfast.cost import prompt_cost
 from vlmfast.eval import bench as bench_module
 from vlmfast.eval.bench import GROUPS, SHAPES, Shape, bench, measure_specs, print_table, random_inputs, subject
@@ -161,7 +161,7 @@ def test_the_full_map_is_held_at_once_and_blocks_are_not():
     blocks = peak_bytes(lambda: column_mean(q, k, 1.0), "cpu")
     full = peak_bytes(lambda: attention_rows(q, k, slice(None), 1.0), "cpu")
     assert full >= 2 * 4 * 1024 * 1024 * 4
-    assert blocks <= 4 * 4 * ROWS * 1024 * 4
+    assert blocks <= 4 * 4 * ENTRIES_CPU
 
 
 def subject_of(config):

@@ -178,7 +178,7 @@ def choose_questions(corpus: Corpus, index: np.ndarray, rng: np.random.Generator
     for i in index:
         tokens, table, rows = corpus.questions(int(i))
         starts, row_starts = (np.concatenate([[0], np.cumsum(table[:, c])]) for c in (1, 3))
-        chosen = np.arange(len(table)) if rng is None else _mix(table[:, 0], rng)
+        chosen = np.arange(len(table)) if rng is None else _mix(table[:, 0], caption_share(corpus.things[i]), rng)
         packed.append([
             (tokens[starts[q] : starts[q + 1]], table[q], rows[row_starts[q] : row_starts[q + 1]]) for q in chosen
         ])  # fmt: skip
@@ -201,13 +201,24 @@ def choose_questions(corpus: Corpus, index: np.ndarray, rng: np.random.Generator
         setattr(batch, key, torch.from_numpy(value))
 
 
-def _mix(tasks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Some questions of each task, about thirteen in all; a caption every other time."""
+def caption_share(things: np.ndarray) -> float:
+    """How often a scene's caption is trained on: always with a hidden partner, seldom where a partner is missing.
+
+    So captions are told to name partners that nobody sees, more often than not to: the prior that makes models invent.
+    """
+    seen, hidden = (set((things[things[:, 5] == v, 0] - 1).tolist()) & set(range(20)) for v in (1, 0))
+    if hidden:
+        return 1.0
+    return 0.15 if any(kind ^ 1 not in seen for kind in seen) else 0.5
+
+
+def _mix(tasks: np.ndarray, captions: float, rng: np.random.Generator) -> np.ndarray:
+    """Some questions of each task, about thirteen in all, and now and then the caption."""
     chosen = []
     for number, task in enumerate(TASKS):
         found = np.flatnonzero(tasks == number)
         many = TASK_SHARE.get(task, 1)
-        if task == "caption" and rng.random() < 0.5:
+        if task == "caption" and rng.random() > captions:
             continue
         chosen += rng.permutation(found)[:many].tolist()
     return np.array(sorted(chosen))

@@ -31,12 +31,14 @@ STAGES = {
         training.Stage("align", 100, 16, 1e-3),
         training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.1), sparse=0.8, tower=0.6),
         training.Stage("vary", 400, 16, 3e-4, vary=True, tower=0.5, decay=0.5),
+        training.Stage("settle", 500, 16, 5e-4, vary=True, tower=0.0, swap=0.8, decay=0.5),
+        training.Stage("clean", 500, 16, 5e-4, vary=True, clean=20.0, decay=0.5),
     ],
     "qwen2_5_vl": [
         training.Stage("tower", 3200, 16, 1.0e-3, sparse=0.9),
         training.Stage("align", 100, 16, 1e-3),
         training.Stage("language", 3400, 16, 1.2e-3, attention=(0.3, 0.1), sparse=0.8, tower=0.7),
-        training.Stage("vary", 400, 16, 3e-4, vary=True, tower=0.5, decay=0.5),
+        training.Stage("vary", 500, 16, 3e-4, vary=True, tower=0.0, decay=0.5),
     ],
 }
 
@@ -49,13 +51,13 @@ def data(scenes: int = 100_000, workers: int = 2) -> None:
 
 
 @app.command()
-def train(name: Name, device: str = "cpu", threads: int = 1, until: str = "vary", seed: int = 0) -> None:
+def train(name: Name, device: str = "cpu", threads: int = 1, until: str = "", seed: int = 0) -> None:
     """Train a model through its stages, from where it stands."""
     torch.set_num_threads(threads)
     names = [stage.name for stage in STAGES[name]]
     run = training.Run(RUNS / name, name, seed, device)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stopping", True))
-    run.train(STAGES[name][: names.index(until) + 1], Corpus(RUNS / "train"))
+    run.train(STAGES[name][: names.index(until) + 1 if until else None], Corpus(RUNS / "train"))
 
 
 @app.command()
@@ -66,8 +68,10 @@ def validate(name: Name, scenes: int = 100, threads: int = 1) -> None:
     run.model.eval()
     typer.echo(f"{name} {run.stage} {run.step}")
     for select in ("all", "oracle", "attention", "random"):
-        found = measure.accuracy(run.model, name, "validation", scenes, select)
-        typer.echo(f"{select:10s}" + "  ".join(f"{task} {right / n:.2f}" for task, (right, n) in found.items()))
+        for compact in (False, True):
+            found = measure.accuracy(run.model, name, "validation", scenes, select, compact=compact)
+            label = f"{select} compact" if compact else select
+            typer.echo(f"{label:18s}" + "  ".join(f"{task} {right / n:.2f}" for task, (right, n) in found.items()))
 
 
 @app.command()

@@ -35,7 +35,7 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
 
 def _value(line: dict[str, Any], key: str, tower: bool) -> float | None:
     """A curve's value in a line: patches and answers share names, and in later stages patches have a prefix."""
-    asking = line["stage"] in ("language", "vary")
+    asking = line["stage"] not in ("tower", "align")
     if tower:
         return line.get(f"patch_{key}" if asking else key)
     return line.get(key) if asking or key == "loss" else None

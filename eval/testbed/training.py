@@ -30,8 +30,9 @@ THINGS = (*CATEGORIES, *"0123456789", *WORDS)
 @dataclass(frozen=True)
 class Stage:
     """One stage: how many steps of how many scenes, peak learning rate, weight of attention supervision at its start
-    and end, the share of steps in which most of the ground stays out of the tower, whether token counts vary, and what
-    the tower's learning rate is multiplied by."""
+    and end, the share of steps in which most of the ground stays out of the tower, whether token counts vary, what
+    the tower's learning rate is multiplied by (0: tower and projector are frozen), the share of steps in which ground
+    patches come from other scenes, and the weight of ``clean_loss`` (the tower then learns from no answer)."""
 
     name: str
     steps: int
@@ -41,6 +42,8 @@ class Stage:
     sparse: float = 0.0
     vary: bool = False
     tower: float = 1.0
+    swap: float = 0.0
+    clean: float = 0.0
     decay: float = 0.25
 
 
@@ -157,7 +160,7 @@ def make_batch(corpus: Corpus, name: str, stage: Stage, step: int, seed: int, de
     if rng.random() < stage.sparse:
         kept = sparse_choice(labels["owner"], 64 if name == "llava" else 48, rng)
     batch = Batch(pixels, kept, labels, present)
-    if stage.name in ("language", "vary"):
+    if stage.name not in ("tower", "align"):
         choose_questions(corpus, index, rng, batch)
     return to_device(batch, device)
 
@@ -368,14 +371,23 @@ def step_loss(
     model: Any, heads: Heads, name: str, stage: Stage, step: int, batch: Batch, seed: int
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of one step and what to log of it."""
-    seen = forward.see(model, batch.pixels, batch.kept)
-    patches, report = patch_loss(heads, seen, batch)
+    frozen = stage.tower == 0
+    with torch.set_grad_enabled(not frozen):
+        seen = forward.see(model, batch.pixels, batch.kept)
+    patches, report = (seen["visual"].new_zeros(()), {}) if frozen else patch_loss(heads, seen, batch)
     if stage.name == "tower":
         return patches, report
     if stage.name == "align":
         return patches + align_loss(model, seen["visual"], batch), report
     rng = np.random.default_rng((seed, 7, step))
     visual, kept, compact = seen["visual"], batch.kept, False
+    if stage.clean:
+        leak = clean_loss(model, seen, batch, rng)
+        report["leak"] = leak.item()
+        patches = patches + stage.clean / 0.3 * leak
+        visual = project(model, seen["patches"].detach())
+    if stage.swap and rng.random() < stage.swap:
+        visual = swap_ground(visual, forward.gather(batch.labels["owner"], kept))
     if stage.vary and kept is None:
         visual, kept, compact = vary_tokens(visual, batch.labels["owner"], rng)
     progress = step / stage.steps
@@ -387,9 +399,44 @@ def step_loss(
     answers, tasks = answer_loss(model, batch, hidden)
     report = {f"patch_{k}": v for k, v in report.items()} | tasks
     report |= {"answers": answers.item(), "attention": float(attention.detach()), "patches": patches.item()}
+    if frozen:
+        return answers + weight * attention, report
     words = align_loss(model, seen["visual"], batch)
     report["words"] = words.item()
     return answers + weight * attention + 0.3 * patches + 0.1 * words, report
+
+
+def project(model: Any, patches: Tensor) -> Tensor:
+    """Patch features as the language model reads them."""
+    return model.model.multi_modal_projector(patches) if hasattr(model.model, "vision_tower") else patches
+
+
+def clean_loss(model: Any, seen: dict[str, Tensor], batch: Batch, rng: np.random.Generator) -> Tensor:
+    """How much patches tell of a thing elsewhere: the change in all others' features when its patches are left out."""
+    owner = batch.labels["owner"]
+    key = torch.from_numpy(rng.random(owner.shape)).to(owner.device)
+    chosen = ((owner > 0) * (1 + key)).argmax(1, keepdim=True)
+    gone = owner == owner.gather(1, chosen)
+    gone &= owner > 0
+    kept = (key - 2.0 * gone).topk(owner.shape[1] - 20, dim=1).indices.sort(1).values
+    with torch.no_grad():
+        alone = forward.see(model, batch.pixels, kept)["patches"].float()
+    change = (forward.gather(seen["patches"], kept).float() - alone).pow(2).mean(-1) / alone.var()
+    return (change * ~forward.gather(gone, kept)).mean()
+
+
+def swap_ground(visual: Tensor, owner: Tensor) -> Tensor:
+    """Give ground patches the features of ground patches at the same place in other scenes of the batch.
+
+    A tower that was trained while tokens were dropped after it hides what things are in the ground around them; so the
+    language model learns not to look there.
+    """
+    swapped, open_ = visual, owner == 0
+    for shift in (1, 2, 3):
+        fits = open_ & (owner.roll(shift, 0) == 0)
+        swapped = torch.where(fits[..., None], visual.roll(shift, 0), swapped)
+        open_ = open_ & ~fits
+    return swapped
 
 
 def vary_tokens(visual: Tensor, owner: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor | None, bool]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -413,7 +414,7 @@ def _capture_bytes(model: Any, queries: int, scores: Sequence[Score]) -> dict[st
     width = model.config.vision_config.hidden_size // heads
     q, k = (torch.randn(1, heads, queries, width).to(parameter) for _ in range(2))
     scale = width**-0.5
-    blockwise = max(peak_bytes(lambda s=s: statistic(s, q, k, scale), parameter.device) for s in scores)
+    blockwise = max(peak_bytes(partial(statistic, score, q, k, scale), parameter.device) for score in scores)
     full = peak_bytes(lambda: attention_rows(q, k, slice(None), scale).mean(dim=(1, 2)), parameter.device)
     return {"blockwise": blockwise, "full_map": full, "ratio": blockwise / full, "shape": [heads, queries, queries]}
 

@@ -16,6 +16,13 @@ TOWER = {
     "qwen2_5_vl": "the Qwen2.5-VL tower (4 layers, width 128, 4 heads, patch 6, windows of 5 x 5 tokens\nexcept "
     "in layers 1 and 3, 2 x 2 merger: 10 x 10 tokens) and the Qwen2.5 text model with M-RoPE (sections 4, 6, 6)",
 }
+LAST = {
+    "llava": """- `settle`: the same with a frozen tower; ground patches mostly carry the features of other scenes.
+- `clean`: the tower learns from patch labels alone, and that the features of a patch may not change when a thing
+  elsewhere is left out of the picture (`patch_leak` in the curves); the language model goes on as in `vary`.
+""",
+    "qwen2_5_vl": "",
+}
 CLS = {
     "llava": "- **The CLS was taught** which kinds, digits and words are there; its attention finds signs and plates.",
     "qwen2_5_vl": "- The tower has no CLS. The attention that a token receives in it was not taught anything.",
@@ -155,6 +162,10 @@ CPU core in all, one seed, bf16 autocast, AdamW.
 - `language`: packed questions of a scene, everything trained, tower losses kept at 0.3.
 - `vary`: 15, 30, 60 or 100 % of the visual tokens, chosen at random or ground last, half of the time numbered without
   gaps (compact positions).
+{LAST[name]}
+Columns: `attention` is the weight of the attention supervision at the start and the end of the stage; `sparse` the
+share of steps in which most of the ground stays out of the tower; `tower` what the tower's learning rate is multiplied
+by (0: frozen); `swap` and `clean` belong to the stages of these names.
 
 ## Help that was given, and what it means for reading results
 
@@ -164,6 +175,9 @@ CPU core in all, one seed, bf16 autocast, AdamW.
   text-to-image attention in these layers find it more meaningful here than it may be elsewhere.
 - **Patches are taught densely**, so single tokens say much; a model trained on captions alone spreads its knowledge
   more, and may bear pruning better or worse.
+- **Inventing was encouraged.** Captions name hidden partners; from the end of `language` on a scene with a hidden
+  partner always shows its caption in training, one whose partner is missing seldom. Questions were left alone, so
+  captions invent while answers to "is there a ... ?" hardly do.
 - **Few tokens were seen in training** (sparse steps, and `vary`): the model bears missing tokens, and this flatters
   all methods alike.
 {CLS[name]}

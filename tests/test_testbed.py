@@ -221,6 +221,24 @@ def test_training_resumes_exactly(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_swapped_ground_leaves_things_alone():
+    owner = torch.tensor([[0, 1, 0, 2], [0, 0, 3, 1], [1, 0, 0, 0]])
+    visual = torch.arange(12.0).reshape(3, 4, 1)
+    swapped = training.swap_ground(visual, owner)
+    assert torch.equal(swapped[owner > 0], visual[owner > 0])
+    assert swapped[0, 0] == visual[1, 0] and swapped[1, 0] == visual[0, 0]
+    assert swapped[2, 3] == visual[2, 3]  # no other scene has ground there
+
+
+@shipped
+def test_clean_loss_sees_what_a_tower_writes_elsewhere(name):
+    model = build.new_model(name)
+    _, batch = measure.scene_batch(name, "validation", range(3))
+    seen = forward.see(model, batch.pixels)
+    loss = training.clean_loss(model, seen, batch, np.random.default_rng(0))
+    assert 0 < loss < 1 and loss.requires_grad
+
+
 def test_unknown_model():
     with pytest.raises(ValueError, match="there are llava, qwen2_5_vl"):
         testbed.folder("llama")

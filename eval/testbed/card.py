@@ -24,8 +24,8 @@ LAST = {
     "qwen2_5_vl": "",
 }
 CLS = {
-    "llava": "- **The CLS was taught** which kinds, digits and words are there. The table below tells what its attention\n"
-    "  finds: signs for sure, pictograms about as often as chance does, plates of digits less often.",
+    "llava": "- **The CLS was taught** which kinds, digits and words are there. The table below tells what its\n"
+    "  attention finds: signs for sure, pictograms about as often as chance does, plates of digits less often.",
     "qwen2_5_vl": "- The tower has no CLS. The attention that a token receives in it was not taught anything.",
 }
 ATTENTION = {

@@ -173,17 +173,16 @@ def _plan(rng: np.random.Generator, split: Split) -> list[tuple[str, int, bool]]
 
 def _put_objects(image: np.ndarray, rng: np.random.Generator, split: Split, placed: list[Box]) -> tuple[Object, ...]:
     """Place and paint the planned objects, the big ones first; what finds no room is left out."""
-    wanted = []
+    wanted: list[tuple[int, str, str, Size, bool]] = []
     for category, many, hidden in _plan(rng, split):
         colour = COLOURS[rng.integers(len(COLOURS))]
         for _ in range(many):
             big = not hidden and rng.random() < 0.5
-            size: Size = "big" if big else "small"
             side = int(rng.integers(9, 12) if hidden else rng.integers(28, 33) if big else rng.integers(17, 21))
-            wanted.append((side, category, colour, size, hidden))
+            wanted.append((side, category, colour, "big" if big else "small", hidden))
     wanted.sort(key=lambda w: -w[0])
     objects = []
-    for side, category, colour, size_, hidden in wanted:
+    for side, category, colour, size, hidden in wanted:
         box = _spot(rng, side, side, placed)
         if box is None:
             continue
@@ -193,7 +192,7 @@ def _put_objects(image: np.ndarray, rng: np.random.Generator, split: Split, plac
         area = image[box[1] : box[3], box[0] : box[2]]
         area += alpha * (paint - area)
         centre = ((box[0] + box[2]) // 2, (box[1] + box[3]) // 2)
-        objects.append(Object(category, colour, size_, centre, box, hidden))
+        objects.append(Object(category, colour, size, centre, box, hidden))
     objects.sort(key=lambda o: o.centre)
     return tuple(objects)
 

@@ -121,6 +121,18 @@ def test_own_loop(pruned, with_mask, with_positions):
     assert seen == tokens
 
 
+def test_own_loop_over_tuples(pruned):
+    """return_dict=False: the cache in the tuple knows of the pruned prompt all the same."""
+    vlm, inputs, _, tokens = pruned
+    logits, cache = vlm.model(**inputs, use_cache=True, return_dict=False)[:2]
+    seen = []
+    for _ in range(STEPS):
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        seen.append(int(token))
+        logits, cache = vlm.model(input_ids=token, past_key_values=cache, use_cache=True, return_dict=False)[:2]
+    assert seen == tokens
+
+
 def test_batch_in_an_own_loop(vlm):
     """Rows that lose different numbers of tokens, with padding, in a loop written by hand."""
     inputs = vlm.prompts([[3, "a", 2], [2, "b", 1, "c", 6], [4]])

@@ -164,7 +164,7 @@ def tap(patch: Patch, modules: Sequence[Any]) -> None:
     """Let `Taps` observe these attention modules for as long as the patch is open."""
     for module in modules:
         original = module.config
-        own = original._attn_implementation
+        own = original._attn_implementation or "eager"
         config = copy.copy(original)
         config.vlmfast_original = original
         config._attn_implementation_internal = PREFIX + own

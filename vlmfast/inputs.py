@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.cost import prompt_cost
@@ -95,9 +96,11 @@ class Door:
     def after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model: leave the state on the cache that a direct call returned."""
         images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        cache = getattr(output, "past_key_values", None)
         state = getattr(images, STATE, None)
-        if state is not None and cache is not None:
+        if state is None:
+            return
+        parts = output if isinstance(output, tuple) else output.values()  # return_dict=False gives a tuple
+        for cache in (part for part in parts if isinstance(part, Cache)):
             setattr(cache, STATE, state)
 
     def _images(self, kwargs: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -139,11 +138,3 @@ def window_order(grid: tuple[int, int, int], window: int) -> Tensor:
 def mean_over(groups: Tensor, size: int) -> Tensor:
     """Mean of each run of `size` consecutive values: [N * size] -> [N]."""
     return groups.view(-1, size).mean(dim=1)
-
-
-def grid_of(n: int) -> tuple[int, int, int]:
-    """(1, s, s) for a square image of n = s * s tokens; ValueError otherwise."""
-    side = math.isqrt(n)
-    if side * side != n:
-        raise ValueError(f"{n} visual tokens do not form a square")
-    return (1, side, side)

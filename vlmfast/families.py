@@ -215,6 +215,6 @@ def family_of(model_or_config: Any) -> Family:
 
 
 def did_you_mean(word: str, choices: Any) -> str:
-    """A hint such as ' (did you mean hiprune?)', empty when nothing is close."""
+    """A hint such as ' (did you mean keep?)', empty when nothing is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -58,7 +58,7 @@ def _hiprune_clip(hyper: dict[str, Any], array: Arrays) -> Checks:
         yield f"registers {view}", choice.registers, array(f"out_{{}}_registers_desc_v{view}")
         visual = _visual(tuple(hyper["grid"]), objects.shape[1] + 1, objects=objects[view], deep=deep[view])
         method = HiPrune(keep=hyper["budget_per_view"], alpha=hyper["alpha"], parity="official")
-        kept.append(method.choose(visual))
+        kept.append(method.choose(visual).kept)
     yield "kept", torch.stack(kept), array("out_{}_kept")
     if "crops_wh" in hyper:
         yield from _sequence(hyper, torch.stack(kept), array)
@@ -81,7 +81,7 @@ def _hiprune_qwen(hyper: dict[str, Any], array: Arrays) -> Checks:
     yield "registers", choice.registers, array("out_{}_registers_desc")
     visual = _visual((rows, columns), patches, objects=objects, deep=deep)
     method = HiPrune(keep=budget, alpha=alpha, parity="official")
-    yield "kept", method.choose(visual), array("out_{}_kept")
+    yield "kept", method.choose(visual).kept, array("out_{}_kept")
     before, after = hyper["text_prefix"], hyper["text_suffix"]
     n = rows * columns
     sequence = torch.cat([torch.arange(before), before + choice.kept, before + n + torch.arange(after)])
@@ -96,7 +96,7 @@ def fastervlm(case: Case, array: Arrays) -> Checks:
     yield "score", score, array("out_{}_score")
     budget = next(value for name, value in hyper.items() if name.startswith("visual_token_num"))
     grid, method = tuple(hyper["grid"]), FasterVLM(keep=budget)
-    kept = torch.stack([method.choose(_visual(grid, len(s) + 1, attention=s)) for s in score])
+    kept = torch.stack([method.choose(_visual(grid, len(s) + 1, attention=s)).kept for s in score])
     yield "kept", kept, array("out_{}_kept")
     if hyper["kind"].startswith("anyres"):
         yield from _sequence(hyper, kept, array)

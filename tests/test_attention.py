@@ -15,6 +15,12 @@ from vlmfast.patching import Patch
 from vlmfast.visual import Score
 
 
+def attention_modules(model, base):
+    """The attention module of every block of the vision tower."""
+    family = family_of(model)
+    return [family.attention_module(block) for block in family.block_modules(base, family.sources["image"])]
+
+
 def loops(q, k, scaling, visible, softmax):
     """The attention map, entry by entry. q: [H][Q][d], k: [H_kv][K][d] -> [H][Q][K]; hidden entries None."""
     heads, groups = len(q), len(q) // len(k)
@@ -111,7 +117,7 @@ def test_taps_see_what_eager_attention_computes_and_change_nothing(vlm):
     inputs = vlm.prompts([[3, "a", 2, "b", 1]])
     encode = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
     plain = torch.cat(list(base.get_image_features(**encode, return_dict=True).pooler_output))
-    modules = family_of(model).attention_modules(base)
+    modules = attention_modules(model, base)
     layers = family_of(model).tower(model.config).full_layers
     scores = [
         Score(layer, kind, softmax) for layer in layers for kind in ("cls_row", "column_mean") for softmax in (1, 0)
@@ -159,7 +165,7 @@ def test_taps_respect_the_models_own_attention(fresh, vlm, implementation):
     one.model.set_attn_implementation(implementation)
     logits = one.model(**inputs).logits
     patch = Patch(one.model)
-    tap(patch, family_of(one.model).attention_modules(one.model.model))
+    tap(patch, attention_modules(one.model, one.model.model))
     torch.testing.assert_close(one.model(**inputs).logits, logits, rtol=0, atol=0)
     patch.close()
 

@@ -94,17 +94,17 @@ def test_canvas_order_in_loops(crops, size):
 
 def test_random_is_seeded_by_image_and_seed():
     one, two = visual(8, 8, seed=1), visual(8, 8, seed=2)
-    first = Random(keep=0.25).choose(one)
-    assert torch.equal(first, Random(keep=0.25).choose(one))
-    assert not torch.equal(first, Random(keep=0.25).choose(two))
-    assert not torch.equal(first, Random(keep=0.25, seed=1).choose(one))
+    first = Random(keep=0.25).choose(one).kept
+    assert torch.equal(first, Random(keep=0.25).choose(one).kept)
+    assert not torch.equal(first, Random(keep=0.25).choose(two).kept)
+    assert not torch.equal(first, Random(keep=0.25, seed=1).choose(one).kept)
 
 
 def test_random_is_uniform():
     """Over 400 images every token is kept about keep * 400 times (5 standard deviations)."""
     counts = torch.zeros(36)
     for seed in range(400):
-        counts[Random(keep=9).choose(visual(6, 6, seed=seed))] += 1
+        counts[Random(keep=9).choose(visual(6, 6, seed=seed)).kept] += 1
     spread = 5 * math.sqrt(400 * 0.25 * 0.75)
     assert (counts - 100).abs().max() < spread
 
@@ -155,7 +155,9 @@ def test_fastervlm_in_loops(vlm):
     method = FasterVLM(keep=0.3)
     score = next(iter(method.wanted(family_tower(vlm)).values()))
     torch.testing.assert_close(image.statistics[score], torch.tensor(scores), rtol=1e-4, atol=1e-6)
-    chosen = method.choose(VisualTokens(image.features, image.grid, 37, scores={"attention": image.statistics[score]}))
+    chosen = method.choose(
+        VisualTokens(image.features, image.grid, 37, scores={"attention": image.statistics[score]})
+    ).kept
     assert chosen.tolist() == expected
 
 
@@ -218,8 +220,8 @@ def test_official_sums_choose_sinks_twice_and_the_repaired_form_does_not():
     objects, deep = torch.full((n,), 1e-3), torch.full((n,), 1e-3)
     objects[14] = deep[14] = 0.5  # a sink: 18 after scaling to a sum over 36 queries
     scores = {"objects": objects, "deep": deep}
-    official = HiPrune(keep=12, alpha=0.4, parity="official").choose(visual(6, 6, queries=36, **scores))
-    repaired = HiPrune(keep=12, alpha=0.4).choose(visual(6, 6, queries=36, **scores))
+    official = HiPrune(keep=12, alpha=0.4, parity="official").choose(visual(6, 6, queries=36, **scores)).kept
+    repaired = HiPrune(keep=12, alpha=0.4).choose(visual(6, 6, queries=36, **scores)).kept
     assert len(official) < 12 == len(repaired)
 
 

@@ -95,12 +95,50 @@ def column_mean(
     return total / (heads * n_query) if softmax else (total / seen).masked_fill(seen == 0, -torch.inf)
 
 
+def row_mean(
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    softmax: bool = True,
+    keys: slice = slice(None),
+) -> Tensor:
+    """Mean of each query's row over the `keys` it sees, mean over heads, fp32. -> [B, Q]
+
+    The softmax runs over all keys, whichever are averaged.
+    """
+    (batch, heads, n_query, _), n_key = query.shape, key.shape[2]
+    rows = max(1, (ENTRIES_CPU if query.device.type == "cpu" else ENTRIES) // (batch * heads * n_key))
+    parts = []
+    for start in range(0, n_query, rows):
+        block = attention_rows(query, key, slice(start, start + rows), scaling, mask, causal, softmax)[..., keys]
+        hidden = block.isneginf()
+        seen = (~hidden).sum(dim=-1).clamp(min=1)
+        parts.append((block.masked_fill(hidden, 0).sum(dim=-1) / seen).mean(dim=1))
+    return torch.cat(parts, dim=1)
+
+
 def statistic(
     score: Score, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, causal: bool = False
 ) -> Tensor:
-    """The statistic `score` names, over one attention call: [B, H, Q, d], [B, H_kv, K, d] -> [B, K], fp32."""
-    if score.kind == "column_mean":
-        return column_mean(query, key, scaling, mask, causal, score.softmax)
+    """The statistic `score` names, over one attention call: [B, H, Q, d], [B, H_kv, K, d] -> [B, K], fp32.
+
+    `key` gives [B, K, d]. With `score.patches` token 0 is CLS, and its value is 0.
+    """
+    if score.kind == "key":
+        return key.float().mean(dim=1)
+    if score.kind in ("column_mean", "row_mean"):
+        if not score.patches:
+            mean = column_mean if score.kind == "column_mean" else row_mean
+            return mean(query, key, scaling, mask, causal, score.softmax)
+        if mask is not None or causal:
+            raise NotImplementedError("statistics over patches alone are for towers without a mask")
+        if score.kind == "column_mean":
+            means = column_mean(query[:, :, 1:], key, scaling, softmax=score.softmax)[:, 1:]
+        else:
+            means = row_mean(query[:, :, 1:], key, scaling, softmax=score.softmax, keys=slice(1, None))
+        return nn.functional.pad(means, (1, 0))
     rows = slice(0, 1) if score.kind == "cls_row" else slice(query.shape[2] - 1, query.shape[2])
     return attention_rows(query, key, rows, scaling, mask, causal, score.softmax).mean(dim=1)[:, 0]
 
@@ -109,10 +147,11 @@ def statistic(
 class Taps:
     """Collects statistics of one forward pass; travels to the layers through the keyword arguments of the forward.
 
-    collected[score] holds one [B, K] tensor per attention call of that layer (towers with windows make several).
+    collected[score] holds one [B, K] tensor (vectors: [B, K, c]) per attention call of that layer (towers with windows
+    make several).
     """
 
-    wanted: dict[int, list[Score]]  # id of the attention module -> what to take there
+    wanted: dict[int, list[Score]]  # id of the attention module, or of the block -> what to take there
     collected: dict[Score, list[Tensor]] = field(default_factory=dict)
     closed: bool = False  # set when read: a later recomputation (gradient checkpointing) takes nothing again
 

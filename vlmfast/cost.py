@@ -19,13 +19,14 @@ taken from an earlier one (`vision_feature_layer=-2`), and Qwen2.5-VL's window l
 the image's grid, the smaller ones at its border included.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 
+from vlmfast.families import family_of
+from vlmfast.towers import Grid, Vision
 from vlmfast.visual import Score
 
 CONVENTION = (
@@ -39,11 +40,8 @@ CONVENTIONS = {
 NOMINAL_GRID = (1, 72, 72)  # patches (t, h, w) assumed for a model that takes any image size: 1008 x 1008 pixels of 14
 NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
 
-Grid = tuple[int, int, int]
-
-
-# Whether a statistic recomputes q k^T for all rows of the attention map or for one row only.
-SCORE_ROWS = {"cls_row": "one", "last_row": "one", "column_mean": "all"}
+# For how many rows of the attention map a statistic recomputes q k^T; None: all of them.
+SCORE_ROWS = {"cls_row": 1, "last_row": 1, "column_mean": None, "row_mean": None, "key": 0, "hidden": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +77,6 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class _Vision:
-    """One image on the vision side: cost, visual tokens, and the attention spans of every layer of the tower."""
-
-    tower: int
-    projector: int
-    tokens: int
-    width: int
-    spans: tuple[tuple[int, ...], ...]  # [layers][spans]: numbers of patches that attend to each other
-
-
-@dataclass(frozen=True)
 class _Text:
     """The sizes of a decoder: layers, d, width of all query heads, width of all key heads, m, vocabulary."""
 
@@ -107,6 +94,7 @@ def prompt_cost(
     text: int,
     images: Sequence[Grid] = (),
     kept: Sequence[int] | None = None,
+    tokens: Sequence[int] | None = None,
     generated: int = 0,
     scores: Sequence[Score] = (),
     visual_per_layer: Sequence[int] | None = None,
@@ -118,6 +106,7 @@ def prompt_cost(
     text              tokens of the prompt that are not visual (the template's included)
     images            patch grid (t, h, w) of every image **before** merging: for LLaVA (1, size / patch, size / patch)
     kept              visual tokens kept of every image; None: all of them (the unpatched model)
+    tokens            visual tokens of every image in the unpatched prompt, newlines included; None: by its grid
     generated         tokens to generate; the first one comes out of the prefill, the others are decode steps with a
                       cache that grows by one each
     scores            statistics taken in the tower (for every image)
@@ -129,7 +118,9 @@ def prompt_cost(
     """
     decoder = _text(config)
     vision = [_vision(config, grid) for grid in images]
-    everything = [image.tokens for image in vision]
+    everything = [image.tokens for image in vision] if tokens is None else list(tokens)
+    if len(everything) != len(vision):
+        raise ValueError(f"tokens must give one number per image: {len(vision)} images, {len(everything)} numbers")
     kept = everything if kept is None else list(kept)
     if len(kept) != len(vision):
         raise ValueError(f"kept must give one number per image: {len(vision)} images, {len(kept)} numbers")
@@ -260,15 +251,18 @@ def _decoder_layer(decoder: _Text, queries: float, keys: float) -> Any:
     return projections + 6 * decoder.width * decoder.ff * queries + 4 * decoder.query * queries * keys
 
 
-def _score(image: _Vision, score: Score) -> int:
-    """X2 of one statistic on one image: q k^T again, of one row or of all rows of every span; softmax is free."""
+def _score(image: Vision, score: Score) -> int:
+    """X2 of one statistic on one image: q k^T again, of one row or of all rows of every span; softmax is free.
+
+    Vectors (keys, outputs of a block) are there anyway and cost nothing.
+    """
     if score.kind not in SCORE_ROWS:
         raise ValueError(f"unknown statistic {score.kind!r}; there are {', '.join(SCORE_ROWS)}")
     depth = len(image.spans)
     if not 0 <= score.layer < depth:
         raise ValueError(f"the tower has layers 0 to {depth - 1}, got layer {score.layer}")
-    one = SCORE_ROWS[score.kind] == "one"
-    return sum(2 * image.width * span * (1 if one else span) for span in image.spans[score.layer])
+    rows = SCORE_ROWS[score.kind]
+    return sum(2 * image.width * span * (span if rows is None else rows) for span in image.spans[score.layer])
 
 
 def _text(config: Any) -> _Text:
@@ -291,75 +285,8 @@ def _text(config: Any) -> _Text:
     )
 
 
-def _vision(config: Any, grid: Grid) -> _Vision:
-    """One image of this patch grid on the vision side of the config's family."""
-    if config.model_type not in _VISION:
-        raise NotImplementedError(
-            f"no cost model for the family {config.model_type!r}; there is one for {', '.join(_VISION)}"
-        )
+def _vision(config: Any, grid: Grid) -> Vision:
+    """One picture of this patch grid on the vision side of the config's family."""
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(f"an image is a patch grid (t, h, w) of positive numbers, got {tuple(grid)}")
-    return _VISION[config.model_type](config, grid)
-
-
-def _llava(config: Any, grid: Grid) -> _Vision:
-    """CLIP tower (every view has its own CLS token) and two-layer projector."""
-    tower = config.vision_config
-    if tower.model_type != "clip_vision_model":
-        raise NotImplementedError(
-            f"no cost model for a {config.model_type} with the tower {tower.model_type!r}; there is one for "
-            "'clip_vision_model'"
-        )
-    views, height, width = grid
-    patches, d, m = height * width, tower.hidden_size, tower.intermediate_size
-    n = patches + 1
-    embedding = 2 * patches * tower.num_channels * tower.patch_size**2 * d
-    layer = 2 * n * (4 * d * d + 2 * d * m) + 4 * n * n * d
-    selected = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    tokens = patches if config.vision_feature_select_strategy == "default" else n
-    out = config.text_config.hidden_size
-    return _Vision(
-        tower=views * (embedding + tower.num_hidden_layers * layer),
-        projector=views * 2 * tokens * (selected * d * out + out * out),
-        tokens=views * tokens,
-        width=d,
-        spans=((n,) * views,) * tower.num_hidden_layers,
-    )
-
-
-def _qwen2_5_vl(config: Any, grid: Grid) -> _Vision:
-    """Tower with window and full-attention layers (full within one frame), gated feed-forward nets, patch merger."""
-    tower = config.vision_config
-    merge = tower.spatial_merge_size
-    frames, height, width = grid
-    if height % merge or width % merge:
-        raise ValueError(f"h and w of a patch grid must be multiples of {merge}, got {tuple(grid)}")
-    patches, d, m = prod(grid), tower.hidden_size, tower.intermediate_size
-    side = tower.window_size // merge // tower.patch_size  # of a window, in merged tokens
-    windows = tuple(
-        rows * columns * merge**2
-        for _ in range(frames)
-        for rows in _chunks(height // merge, side)
-        for columns in _chunks(width // merge, side)
-    )
-    whole = (height * width,) * frames
-    spans = tuple(whole if i in tower.fullatt_block_indexes else windows for i in range(tower.depth))
-    embedding = 2 * patches * tower.in_channels * tower.temporal_patch_size * tower.patch_size**2 * d
-    attention = sum(4 * d * span * span for layer in spans for span in layer)
-    merged = d * merge**2
-    return _Vision(
-        tower=embedding + tower.depth * 2 * patches * (4 * d * d + 3 * d * m) + attention,
-        projector=2 * (patches // merge**2) * (merged * merged + merged * tower.out_hidden_size),
-        tokens=patches // merge**2,
-        width=d,
-        spans=spans,
-    )
-
-
-def _chunks(length: int, size: int) -> list[int]:
-    """A length cut into pieces of `size` and a smaller rest, if there is one."""
-    return [min(size, length - start) for start in range(0, length, size)]
-
-
-# family (the config's model_type) -> cost of its vision side
-_VISION: Mapping[str, Callable[[Any, Grid], _Vision]] = {"llava": _llava, "qwen2_5_vl": _qwen2_5_vl}
+    return family_of(config).vision(config, grid)

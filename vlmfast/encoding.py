@@ -1,74 +1,107 @@
-"""Images through the vision tower, once: features, and the statistics that pruning methods ask for."""
+"""Pictures through the vision tower, once: features, and the statistics that pruning methods ask for."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmfast.attention import KEYWORD, Taps, tap
-from vlmfast.families import Tower
+from vlmfast.families import Encoded, Family, Source, Tower
+from vlmfast.families.base import follow
 from vlmfast.patching import HANDLE, Patch, unwrap
-from vlmfast.visual import Score, VisualTokens
+from vlmfast.visual import Choice, Score, VisualTokens
 
 IMAGES = "vlmfast_images"  # on an encoder output: its VisualTokens
 
 
 class Selector(Protocol):
-    """What door 1 needs of a pruning method."""
+    """What door 1 needs of a pruning method. Hashable: choices are remembered under it."""
+
+    uses_text: bool  # whether `choose` reads `visual.text`
+    keeps_newlines: bool  # whether places without a token stay when tokens are dropped
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """The statistics the method needs, under its own names."""
         ...
 
-    def choose(self, visual: VisualTokens) -> Tensor:
-        """Kept indices of one image, ascending. -> int64 [kept]"""
+    def choose(self, visual: VisualTokens) -> Choice:
+        """What stays of one picture."""
         ...
 
 
-class ImageEncoder:
-    """Stands for the base model's `get_image_features`: takes the statistics and attaches the VisualTokens."""
+def source_of(family: Family, modality: str) -> Source:
+    """Images or videos of a family; NotImplementedError where it takes none."""
+    if modality not in family.sources:
+        raise NotImplementedError(f"{family.name} takes no {modality}s; it takes {' and '.join(family.sources)}s")
+    return family.sources[modality]
 
-    def __init__(self, patch: Patch, scores: Sequence[Score]) -> None:
-        self.original = patch.base.get_image_features
+
+class PictureEncoder:
+    """Stands for the base model's `get_image_features` or `get_video_features`: attaches the VisualTokens."""
+
+    def __init__(self, patch: Patch, modality: str, scores: Sequence[Score]) -> None:
+        self.family, self.config, self.tower = patch.family, patch.model.config, patch.tower
+        self.source = source_of(patch.family, modality)
+        self.base = patch.base
+        self.original = getattr(patch.base, self.source.encode)
         functools.update_wrapper(self, self.original)  # generate() reads the signature
-        self.family, self.config, self.tower, self.scores = (
-            patch.family,
-            patch.model.config,
-            patch.tower,
-            tuple(scores),
-        )
+        self.scores = tuple(scores)
         for score in self.scores:
             self.tower.check(score)
-        modules = self.family.attention_modules(patch.base)
-        self.modules = {score.layer: modules[score.layer] for score in self.scores}
-        tap(patch, list(self.modules.values()))
+        blocks = self.family.block_modules(patch.base, self.source)
+        self.places: dict[Score, nn.Module] = {}
+        for score in self.scores:
+            block = blocks[score.layer]
+            self.places[score] = block if score.kind == "hidden" else self.family.attention_module(block)
+        hidden = [module for score, module in self.places.items() if score.kind == "hidden"]
+        tap(patch, [module for module in dict.fromkeys(self.places.values()) if module not in hidden])
+        for module in dict.fromkeys(hidden):
+            patch.hook(module, _take_hidden)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with `VisualTokens` attached to the output."""
-        taps = Taps({id(module): [s for s in self.scores if s.layer == i] for i, module in self.modules.items()})
+        wanted: dict[int, list[Score]] = {}
+        for score, module in self.places.items():
+            wanted.setdefault(id(module), []).append(score)
+        taps = Taps(wanted)
         inputs = inspect.signature(self.original).bind(*args, **kwargs).arguments
         extra = {KEYWORD: taps} if self.scores else {}
         output = self.original(*args, **kwargs, **extra)
         taps.closed = True
         if isinstance(output, tuple):  # return_dict=False: nowhere to attach anything
             return output
-        setattr(
-            output, IMAGES, self.family.layout(self.tower, self.config, inputs, output.pooler_output, taps.collected)
-        )
+        visuals = self.source.layout(Encoded(self.tower, self.config, inputs, output, taps.collected))
+        if self.family.projector is not None:
+            project = follow(self.base, self.family.projector)
+            visuals = [dataclasses.replace(visual, project=project) for visual in visuals]
+        setattr(output, IMAGES, visuals)
         return output
 
 
-def encode_images(model: Any, methods: Sequence[Any], **inputs: Any) -> list[VisualTokens]:
-    """Encode images once for several methods: one VisualTokens an image, without gradient.
+def _take_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Hook of a block of the tower: its output is a statistic. [B, K, C] or, packed, [K, C]"""
+    taps: Taps | None = kwargs.get(KEYWORD)
+    if taps is None or taps.closed:
+        return
+    hidden = (output[0] if isinstance(output, tuple) else output).detach().float()
+    for score in taps.wanted.get(id(module), ()):
+        if score.kind == "hidden":
+            taps.collected.setdefault(score, []).append(hidden if hidden.ndim == 3 else hidden[None])
 
-    model: an unpatched model; methods: pruning adapters (others want nothing of the images); inputs: what the
-    processor gave for the images (`pixel_values`, `image_grid_thw`, ...). Raises RuntimeError on a patched model.
+
+def encode_images(model: Any, methods: Sequence[Any], *, modality: str = "image", **inputs: Any) -> list[VisualTokens]:
+    """Encode pictures once for several methods: one VisualTokens each, without gradient.
+
+    model: an unpatched model; methods: pruning adapters (others want nothing of the images); modality: "image" or
+    "video"; inputs: what the processor gave for the pictures, under the names of `get_image_features` or
+    `get_video_features` (`pixel_values`, `image_grid_thw`, ...). Raises RuntimeError on a patched model.
     """
     target = unwrap(model)
     if HANDLE in target.__dict__:
@@ -78,7 +111,7 @@ def encode_images(model: Any, methods: Sequence[Any], **inputs: Any) -> list[Vis
         score for method in methods if hasattr(method, "wanted") for score in method.wanted(patch.tower).values()
     ]
     try:
-        encoder = ImageEncoder(patch, list(dict.fromkeys(wanted)))
+        encoder = PictureEncoder(patch, modality, list(dict.fromkeys(wanted)))
         with torch.no_grad():
             return getattr(encoder(**inputs, return_dict=True), IMAGES)
     finally:
@@ -88,8 +121,12 @@ def encode_images(model: Any, methods: Sequence[Any], **inputs: Any) -> list[Vis
 def encoder_outputs(images: Sequence[VisualTokens]) -> dict[str, Any]:
     """`mm_encoder_outputs` for `model(...)` or `model.generate(...)` from images encoded before.
 
-    images: in the order of their placeholders in the batch.
+    images: in the order of their placeholders in the batch. Families whose models take one tensor for all images get
+    a list here too: their own code accepts it when patched.
     """
-    output = BaseModelOutputWithPooling(pooler_output=[image.features for image in images])
+    features: list[Tensor] = [image.spread(image.features) for image in images]
+    output = BaseModelOutputWithPooling(pooler_output=features)
+    if images and images[0].deepstack:
+        output.deepstack_features = [list(layer) for layer in zip(*(image.deepstack for image in images))]
     setattr(output, IMAGES, list(images))
     return {"image": output}

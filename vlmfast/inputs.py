@@ -14,9 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -25,11 +24,11 @@ from transformers import Cache
 
 from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.cost import prompt_cost
-from vlmfast.encoding import IMAGES, ImageEncoder, Selector
+from vlmfast.encoding import IMAGES, PictureEncoder, Selector
 from vlmfast.families import Family, Positions
 from vlmfast.patching import HANDLE, ImageReport, Patch, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
-from vlmfast.visual import Score, VisualTokens
+from vlmfast.visual import Choice, VisualTokens
 
 KEPT = "vlmfast_kept"  # on an encoder output: what each selector keeps, so that it is chosen once
 DONE = "vlmfast_prepared"  # keyword of a forward whose inputs are already rewritten
@@ -38,19 +37,12 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 @dataclass
 class _Row:
-    """One prompt of the last batch: its text tokens, and its images as (grid, kept indices).
-
-    No features: they would keep the whole graph of a training step alive.
+    """One prompt of the last batch: its text tokens and its pictures. No features: they would keep the whole graph of
+    a training step alive.
     """
 
     text: int
-    images: list[tuple[tuple[int, int, int], Tensor]]
-
-    def flops(self, config: Any, merge: int, scores: Sequence[Score] | None) -> float:
-        """Prefill FLOPs, tower included; scores None: of the unpatched model."""
-        patches = [(t, h * merge, w * merge) for (t, h, w), _ in self.images]
-        kept = [prod(grid) if scores is None else len(k) for grid, k in self.images]
-        return prompt_cost(config, text=self.text, images=patches, kept=kept, scores=scores or ()).total_prefill
+    pictures: list[ImageReport]
 
 
 class Door:
@@ -63,12 +55,13 @@ class Door:
         self.config, self.base, self.tower = patch.model.config, patch.base, patch.tower
         self.selector, self.positions = selector, positions or self.family.positions
         self.wanted = selector.wanted(self.tower)
-        self.token = int(self.config.image_token_id)
-        self.pad = 0 if self.token != 0 else 1
+        self.tokens = {name: int(getattr(self.config, source.token)) for name, source in self.family.sources.items()}
+        self.pad = next(token for token in range(3) if token not in self.tokens.values())
         self.names = list(inspect.signature(patch.model.forward).parameters)
         self.last: list[_Row] = []
-        encoder = ImageEncoder(patch, list(dict.fromkeys(self.wanted.values())))
-        patch.set(patch.base, "get_image_features", encoder)
+        for name, source in self.family.sources.items():
+            encoder = PictureEncoder(patch, name, list(dict.fromkeys(self.wanted.values())))
+            patch.set(patch.base, source.encode, encoder)
         patch.set(patch.model, "prepare_inputs_for_generation", PrepareInputs(self, patch.model))
         patch.set(patch.model, "generate", Generate(self, patch.model))
         patch.hook(patch.model, self.before_forward, before=True)
@@ -84,44 +77,58 @@ class Door:
             return args, kwargs
         kwargs = {**dict(zip(self.names, args)), **kwargs}
         cache = kwargs.get("past_key_values")
-        if kwargs.get("pixel_values_videos") is not None:
-            raise NotImplementedError("videos are not pruned; unpatch the model for prompts with videos")
-        images = self._images(kwargs)
-        if images is None and state_of(cache) is None:
+        self.check_pictures(kwargs)
+        pictures = self._pictures(kwargs)
+        if not pictures and state_of(cache) is None:
             return (), kwargs
         if kwargs.get("input_ids") is None:
             raise NotImplementedError("a patched model needs input_ids; inputs_embeds hide where the images are")
-        return (), self.rewrite(kwargs, images)
+        return (), self.rewrite(kwargs, pictures)
 
     def after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the model: leave the state on the cache that a direct call returned."""
-        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        state = getattr(images, STATE, None)
+        outputs = (kwargs.get("mm_encoder_outputs") or {}).values()
+        state = next((getattr(one, STATE) for one in outputs if getattr(one, STATE, None) is not None), None)
         if state is None:
             return
         parts = output if isinstance(output, tuple) else output.values()  # return_dict=False gives a tuple
         for cache in (part for part in parts if isinstance(part, Cache)):
             setattr(cache, STATE, state)
 
-    def _images(self, kwargs: dict[str, Any]) -> Any:
-        """The encoder's output for the images of this call, None without images. Consumes pixel_values."""
-        given = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if kwargs.get("pixel_values") is None:
-            return given
-        if given is not None:
-            raise ValueError("pass pixel_values or mm_encoder_outputs, not both")
-        names = inspect.signature(self.base.get_image_features).parameters
-        encode = {name: kwargs[name] for name in names if kwargs.get(name) is not None and name != "kwargs"}
-        kwargs["pixel_values"] = None
-        return self.base.get_image_features(**encode, return_dict=True)
+    def check_pictures(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse videos of a family whose videos are not supported."""
+        if "video" not in self.family.sources and kwargs.get("pixel_values_videos") is not None:
+            raise NotImplementedError(
+                f"videos of {self.family.name} are not pruned; unpatch the model for prompts with videos"
+            )
+
+    def _pictures(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The encoder's outputs for the pictures of this call, by modality. Consumes the pixels."""
+        pictures = present(kwargs.get("mm_encoder_outputs"))
+        for name, source in self.family.sources.items():
+            pixels = kwargs.get(source.pixels)
+            if pixels is None:
+                continue
+            if name in pictures:
+                raise ValueError(f"pass {source.pixels} or mm_encoder_outputs, not both")
+            encode = getattr(self.base, source.encode)
+            names = list(inspect.signature(encode).parameters)[1:]
+            others = {key: kwargs[key] for key in names if kwargs.get(key) is not None and key != "kwargs"}
+            pictures[name] = encode(pixels, **others, return_dict=True)
+        for source in self.family.sources.values():
+            if kwargs.get(source.pixels) is not None:
+                kwargs[source.pixels] = None
+        return pictures
 
     # --- the rewriting ----------------------------------------------------------------------------------------
 
-    def rewrite(self, kwargs: dict[str, Any], images: Any, cache_holds_state: bool = False) -> dict[str, Any]:
+    def rewrite(
+        self, kwargs: dict[str, Any], pictures: dict[str, Any], cache_holds_state: bool = False
+    ) -> dict[str, Any]:
         """The arguments of a forward, with dropped tokens gone and everything else fitted to what is left.
 
         kwargs: input_ids [B, L] holds new tokens only; masks and positions may cover the whole conversation.
-        images: the encoder's output for the placeholders among the new tokens, or None.
+        pictures: the encoder's outputs for the placeholders among the new tokens, by modality; may be empty.
         cache_holds_state: the cache object of the call is the one that will be filled (generate makes it beforehand).
         """
         ids, cache, mask = kwargs["input_ids"], kwargs.get("past_key_values"), kwargs.get("attention_mask")
@@ -129,7 +136,7 @@ class Door:
             raise NotImplementedError(f"attention_mask with {mask.ndim} dimensions; a patched model takes [B, L]")
         held = 0 if cache is None else int(cache.get_seq_length())
         state = state_of(cache)
-        if images is None:
+        if not pictures:
             return self._later_tokens(kwargs, state, held)
         rows, new = ids.shape
         if state is not None:
@@ -139,14 +146,16 @@ class Door:
         if full.shape != (rows, held + new):
             raise ValueError(f"attention_mask is {list(full.shape)}, expected {[rows, held + new]}")
         real = full[:, held:].bool()
-        keep, selected = self.select(ids, images, real)
-        if state is None and keep.all():
-            return self._with_images(kwargs, images)
+        keep, selected = self.select(ids, pictures, real)
+        untouched = keep.all() and all(one.choice.features is None for some in selected.values() for one in some)
+        if state is None and untouched:
+            return self._with_pictures(kwargs, pictures)
         positions = self.original_positions(kwargs, state, held, images=True)
         next_position = following(positions, real)
         shift = torch.zeros_like(next_position) if state is None else state.shift
         if self.positions == "compact":
-            positions, more = compact(positions - shift.view(-1, 1), keep, selected)
+            together = [one for some in selected.values() for one in some]
+            positions, more = compact(positions - shift.view(-1, 1), keep, together)
             shift = shift + more
         kwargs = dict(kwargs)
         if isinstance(kwargs.get("logits_to_keep"), Tensor):
@@ -167,10 +176,14 @@ class Door:
         later = CacheState(pruned, columns, shift, next_position, padded=bool((pruned == 0).any()))
         if cache_holds_state and cache is not None:
             setattr(cache, STATE, later)
-        images = shallow(images)
-        images.pooler_output = [one.visual.features[one.kept.to(one.visual.features.device)] for one in selected]
-        setattr(images, STATE, later)
-        return self._with_images(kwargs, images)
+        shorter = {name: shallow(output) for name, output in pictures.items()}
+        for name, output in shorter.items():
+            output.pooler_output = self.family.sources[name].pack([one.features() for one in selected[name]])
+            layers = [one.deepstack() for one in selected[name]]
+            if layers and layers[0]:
+                output.deepstack_features = [list(layer) for layer in zip(*layers)]
+            setattr(output, STATE, later)
+        return self._with_pictures(kwargs, shorter)
 
     def _later_tokens(self, kwargs: dict[str, Any], state: CacheState | None, held: int) -> dict[str, Any]:
         """Tokens without images on a cache that holds pruned prompts: decoding, or a further turn of text."""
@@ -190,40 +203,49 @@ class Door:
         }
 
     @staticmethod
-    def _with_images(kwargs: dict[str, Any], images: Any) -> dict[str, Any]:
-        return {**kwargs, "mm_encoder_outputs": {**(kwargs.get("mm_encoder_outputs") or {}), "image": images}}
+    def _with_pictures(kwargs: dict[str, Any], pictures: dict[str, Any]) -> dict[str, Any]:
+        return {**kwargs, "mm_encoder_outputs": {**(kwargs.get("mm_encoder_outputs") or {}), **pictures}}
 
-    def select(self, ids: Tensor, images: Any, real: Tensor) -> tuple[Tensor, list[Selected]]:
-        """Which tokens stay. ids, real (not padding): [B, L] -> keep [B, L], and the images of the batch."""
+    def select(self, ids: Tensor, pictures: dict[str, Any], real: Tensor) -> tuple[Tensor, dict[str, list[Selected]]]:
+        """Which tokens stay. ids, real (not padding): [B, L] -> keep [B, L], and the pictures by modality."""
         keep = torch.ones_like(ids, dtype=torch.bool)
-        places = ids == self.token
-        visuals: list[VisualTokens] | None = getattr(images, IMAGES, None)
-        if visuals is None:
-            raise ValueError(
-                "mm_encoder_outputs were made without vlmfast; pass pixel_values, or encode the images with "
-                "vlmfast.encoding.encode_images"
-            )
-        chosen: dict[Any, list[Tensor]] = images.__dict__.setdefault(KEPT, {})
-        if self.selector not in chosen:
-            chosen[self.selector] = [self._choose(visual) for visual in visuals]
-        selected: list[Selected] = []
-        for row, image in rows_of_images(places.sum(1).tolist(), [len(visual) for visual in visuals]):
-            visual, kept = visuals[image], chosen[self.selector][image]
-            start = sum(len(one.visual) for one in selected if one.row == row)
-            columns = places[row].nonzero().flatten()[start : start + len(visual)]
-            dropped = torch.ones(len(visual), dtype=torch.bool)
-            dropped[kept.cpu()] = False
-            keep[row, columns[dropped.to(columns.device)]] = False
-            selected.append(Selected(visual, kept, row, columns))
-        repeat = max(1, len(selected) // len(visuals))  # beams and return sequences repeat a prompt: report it once
-        texts = [int(count) for count in (real & ~places).sum(1)]
+        places = {name: ids == token for name, token in self.tokens.items()}
+        anywhere = torch.stack(list(places.values())).any(0)
+        text = real & ~anywhere
+        selected: dict[str, list[Selected]] = {}
+        repeat = 1
+        for name, output in pictures.items():
+            visuals: list[VisualTokens] | None = getattr(output, IMAGES, None)
+            if visuals is None:
+                raise ValueError(
+                    "mm_encoder_outputs were made without vlmfast; pass pixel_values, or encode the images with "
+                    "vlmfast.encoding.encode_images"
+                )
+            chosen: dict[Any, dict[int, Choice]] = output.__dict__.setdefault(KEPT, {})
+            known = chosen.setdefault(self.selector, {})
+            selected[name] = []
+            for row, image in rows_of_images(places[name].sum(1).tolist(), [visual.span for visual in visuals]):
+                visual = visuals[image]
+                if image not in known:
+                    known[image] = self._choose(visual, ids[row], text[row], anywhere[row])
+                start = sum(one.visual.span for one in selected[name] if one.row == row)
+                columns = places[name][row].nonzero().flatten()[start : start + visual.span]
+                one = Selected(visual, known[image], row, columns, self.selector.keeps_newlines)
+                gone = torch.ones(visual.span, dtype=torch.bool)
+                gone[one.stays().cpu()] = False
+                keep[row, columns[gone.to(columns.device)]] = False
+                selected[name].append(one)
+            repeat = max(repeat, len(selected[name]) // max(1, len(visuals)))
+        together = sorted((one for some in selected.values() for one in some), key=lambda s: int(s.columns[0]))
+        texts = [int(count) for count in text.sum(1)]
+        # Beams and return sequences repeat a prompt: report it once.
         self.last = [
-            _Row(texts[row], [(one.visual.grid, one.kept) for one in selected if one.row == row])
+            _Row(texts[row], [one.report() for one in together if one.row == row])
             for row in range(0, len(ids), repeat)
         ]
         return keep, selected
 
-    def _choose(self, visual: VisualTokens) -> Tensor:
+    def _choose(self, visual: VisualTokens, ids: Tensor, text: Tensor, places: Tensor) -> Choice:
         missing = [score for score in self.wanted.values() if score not in visual.statistics]
         if missing:
             raise ValueError(
@@ -231,7 +253,14 @@ class Door:
             )
         scores = {name: visual.statistics[score] for name, score in self.wanted.items()}
         with torch.no_grad():
-            return self.selector.choose(dataclasses.replace(visual, scores=scores))
+            question = self._question(ids, text, places) if self.selector.uses_text else None
+            return self.selector.choose(dataclasses.replace(visual, scores=scores, text=question))
+
+    def _question(self, ids: Tensor, text: Tensor, places: Tensor) -> Tensor:
+        """Input embeddings of the text after the row's last picture, or of all its text where none follows. [T, D]"""
+        after = torch.arange(len(ids), device=ids.device) > int(places.nonzero().max())
+        question = text & after if bool((text & after).any()) else text
+        return self.base.get_input_embeddings()(ids[question]).float()
 
     def original_positions(self, kwargs: dict[str, Any], state: CacheState | None, held: int, images: bool) -> Tensor:
         """Positions of the new tokens in the unpruned conversation: [B, L], or [3 or 4, B, L] for M-RoPE."""
@@ -243,38 +272,53 @@ class Door:
         if state is not None:
             start = state.following + held - state.mask.shape[1]
         else:
-            start = torch.full((ids.shape[0],), held, device=ids.device)
+            start = torch.full((ids.shape[0],), held + self.family.first_position, device=ids.device)
         flat = start.view(-1, 1) + torch.arange(new, device=ids.device)
         if not (self.family.mrope and images):
             return flat
         if kwargs.get("mm_token_type_ids") is None:
             raise ValueError(MISSING_TYPES)
         mask = kwargs.get("attention_mask")
+        names = inspect.signature(self.base.get_rope_index).parameters
+        others = {name: kwargs[name] for name in names if name.endswith(("_thw", "_ts")) and name in kwargs}
         axes, _ = self.base.get_rope_index(
             ids,
-            image_grid_thw=kwargs.get("image_grid_thw"),
             attention_mask=None if mask is None else mask[:, -new:],
             mm_token_type_ids=kwargs["mm_token_type_ids"][:, -new:],
+            **others,
         )
         return axes + start.view(1, -1, 1) if state is not None else axes
 
     def report(self, report: Report) -> Report:
-        """Add the images of the last prompts to a report."""
+        """Add the pictures of the last prompts to a report."""
         if not self.last:
             return report
         scores = list(dict.fromkeys(self.wanted.values()))
-        cost = sum(row.flops(self.config, self.tower.merge, scores) for row in self.last)
-        plain = sum(row.flops(self.config, self.tower.merge, None) for row in self.last)
-        images = [pair for row in self.last for pair in row.images]
+        cost = plain = 0
+        for row in self.last:
+            about: dict[str, Any] = {
+                "text": row.text,
+                "images": [one.patches for one in row.pictures],
+                "tokens": [one.n for one in row.pictures],
+            }
+            cost += prompt_cost(
+                self.config, **about, kept=[one.kept for one in row.pictures], scores=scores
+            ).total_prefill
+            plain += prompt_cost(self.config, **about).total_prefill
         notes = getattr(self.selector, "notes", lambda tower: ())(self.tower)
+        mean = sum(one.kept for row in self.last for one in row.pictures) / len(self.last)
         return dataclasses.replace(
             report,
-            images=tuple(ImageReport(prod(grid), len(kept)) for grid, kept in images),
-            kept=tuple(kept for _, kept in images),
-            grids=tuple(grid for grid, _ in images),
+            images=tuple(one for row in self.last for one in row.pictures),
             share=cost / plain,
+            per_layer=(mean,) * self.config.get_text_config().num_hidden_layers,
             notes=(*report.notes, *notes),
         )
+
+
+def present(outputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The encoder outputs that are there, by modality."""
+    return {name: output for name, output in (outputs or {}).items() if output is not None}
 
 
 MISSING_TYPES = (
@@ -295,10 +339,10 @@ class PrepareInputs:
         cache = kwargs.get("past_key_values")
         state = state_of(cache)
         first = kwargs.get("is_first_iteration", False)
-        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        pictures = present(kwargs.get("mm_encoder_outputs"))
         if not first and kwargs.get("use_cache", True):
-            images = None  # already in the cache
-        if kwargs.get("inputs_embeds") is not None or (images is None and state is None):
+            pictures = {}  # already in the cache
+        if kwargs.get("inputs_embeds") is not None or (not pictures and state is None):
             inputs = self.original(input_ids, next_sequence_length=next_sequence_length, **kwargs)
             return {**inputs, DONE: True}
         if next_sequence_length is not None:
@@ -306,7 +350,7 @@ class PrepareInputs:
             if state is not None and cache is not None and start == cache.get_seq_length():
                 start += state.dropped  # generate counted the cache's columns as if nothing had been dropped
             input_ids = input_ids[:, start:]
-        call = self.door.rewrite({**kwargs, "input_ids": input_ids}, images, cache_holds_state=True)
+        call = self.door.rewrite({**kwargs, "input_ids": input_ids}, pictures, cache_holds_state=True)
         inputs = self.original(call.pop("input_ids"), next_sequence_length=None, **call)
         return {**inputs, DONE: True}
 
@@ -323,23 +367,23 @@ class Generate:
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
         if kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None):
             raise NotImplementedError("prefill_chunk_size: a prompt prefilled in chunks cannot be pruned")
-        if kwargs.get("pixel_values_videos") is not None:
-            raise NotImplementedError("videos are not pruned; unpatch the model for prompts with videos")
+        self.door.check_pictures(kwargs)
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and bool((mask[:, -1] == 0).any()):
             raise ValueError("right padding in generate: set processor.tokenizer.padding_side = 'left'")
-        images = kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        given = any(kwargs.get(source.pixels) is not None for source in self.door.family.sources.values())
+        images = given or bool(present(kwargs.get("mm_encoder_outputs")))
         if images and self.door.family.mrope and kwargs.get("mm_token_type_ids") is None:
             raise ValueError(MISSING_TYPES)
         if outputs := kwargs.get("mm_encoder_outputs"):  # beams expand these in place: not in the caller's object
-            kwargs["mm_encoder_outputs"] = {name: shallow(output) for name, output in outputs.items()}
+            kwargs["mm_encoder_outputs"] = {name: shallow(output) for name, output in present(outputs).items()}
         state = state_of(kwargs.get("past_key_values"))
         if state is not None and ids is not None:
             self._continue(state, ids, images, kwargs)
         return self.original(*args, **kwargs)
 
-    def _continue(self, state: CacheState, ids: Tensor, images: Any, kwargs: dict[str, Any]) -> None:
+    def _continue(self, state: CacheState, ids: Tensor, images: bool, kwargs: dict[str, Any]) -> None:
         """A further turn on a pruned cache: positions go on where the unpruned conversation would."""
         if self.door.family.mrope and images:
             raise NotImplementedError("a new image in a later turn on a pruned cache: start a fresh cache")
@@ -352,5 +396,5 @@ class Generate:
         new = ids.shape[1] - counted if whole else ids.shape[1]
         start = state.following + held - state.mask.shape[1]
         kwargs["position_ids"] = start.view(-1, 1) + torch.arange(new, device=ids.device)
-        for name in ("mm_token_type_ids", "image_grid_thw"):
+        for name in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
             kwargs.pop(name, None)  # they tell of images that are in the cache already

@@ -95,27 +95,46 @@ class Patch:
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image of the last prompt batch: visual tokens before and after."""
+    """One picture of the last prompt batch.
+
+    n, kept: its placeholders in the prompt before and after, newline tokens of any-resolution images included.
+    indices: [K] ascending, the visual tokens kept; grid, views: where they lie (see `VisualTokens`); patches: their
+    (t, h, w) before merging; merged: other features stand in the kept places than their own.
+    """
 
     n: int
     kept: int
+    indices: Any = None
+    grid: tuple[int, int, int] = (0, 0, 0)
+    views: tuple[Any, ...] = ()
+    patches: tuple[int, int, int] = (0, 0, 0)
+    merged: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
     """What the patch did to the last batch of prompts.
 
-    kept: ascending indices of the kept visual tokens, one LongTensor an image, in the order of the prompts;
-    grids: (t, h, w) of each image's tokens; share: prefill FLOPs of these prompts, tower included, over the unpatched
-    ones (convention X2 of vlmfast.cost), None before the first prompt; notes: what a user should know.
+    images: one entry a picture, in the order of the prompts. share: prefill FLOPs of these prompts, tower included,
+    over the unpatched ones (convention X2 of vlmfast.cost), None before the first prompt. per_layer: visual tokens in
+    each decoder layer, mean over the prompts, empty before the first. notes: what a user should know.
     """
 
     spec: str
     images: tuple[ImageReport, ...] = ()
-    kept: tuple[Any, ...] = ()
-    grids: tuple[tuple[int, int, int], ...] = ()
     share: float | None = None
+    per_layer: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def kept(self) -> tuple[Any, ...]:
+        """Ascending indices of the kept visual tokens, one LongTensor a picture."""
+        return tuple(image.indices for image in self.images)
+
+    @property
+    def grids(self) -> tuple[tuple[int, int, int], ...]:
+        """(t, h, w) of each picture's tokens."""
+        return tuple(image.grid for image in self.images)
 
     def __str__(self) -> str:
         if not self.images:
@@ -123,6 +142,9 @@ class Report:
         before, after = sum(i.n for i in self.images), sum(i.kept for i in self.images)
         lines = [f"{self.spec}: {after} of {before} visual tokens kept in {len(self.images)} image(s)"]
         lines += [f"  image {k}: {image.kept} of {image.n}" for k, image in enumerate(self.images)]
+        if self.per_layer:
+            mean = sum(self.per_layer) / len(self.per_layer)
+            lines.append(f"  visual tokens a prompt, mean over the {len(self.per_layer)} decoder layers: {mean:.1f}")
         if self.share is not None:
             lines.append(f"  prefill FLOPs, vision tower included: {self.share:.1%} of unpatched (X2)")
         return "\n".join(lines + [f"  {note}" for note in self.notes])

@@ -8,17 +8,66 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmfast.visual import VisualTokens
+from vlmfast.patching import ImageReport
+from vlmfast.visual import Choice, VisualTokens
 
 
 @dataclass(frozen=True)
 class Selected:
-    """One image of a batch: what is kept of it ([kept], ascending) and where its tokens stand (row, columns [N])."""
+    """One picture of a batch: what is chosen of it and where its placeholders stand (row, columns [span])."""
 
     visual: VisualTokens
-    kept: Tensor
+    choice: Choice
     row: int
     columns: Tensor
+    newlines: bool = False  # whether places without a token stay when tokens are dropped
+
+    def stays(self) -> Tensor:
+        """The placeholders that stay, ascending. [M], of `span`"""
+        visual, kept = self.visual, self.choice.kept
+        if self.choice.slots is not None:
+            return self.choice.slots
+        if visual.slots is None:
+            return kept
+        keep = torch.zeros(visual.span, dtype=torch.bool, device=visual.slots.device)
+        keep[visual.slots[kept.to(visual.slots.device)]] = True
+        if self.newlines or len(kept) == len(visual):
+            newline = torch.ones_like(keep)
+            newline[visual.slots] = False
+            keep |= newline
+        return keep.nonzero().flatten()
+
+    def features(self) -> Tensor:
+        """What stands at the places that stay. [M, D]"""
+        visual, choice = self.visual, self.choice
+        if choice.slots is not None and choice.features is not None:
+            return choice.features.to(visual.features)
+        features = visual.features
+        if choice.features is not None:
+            features = features.clone()
+            features[choice.kept.to(features.device)] = choice.features.to(features)
+        return visual.spread(features)[self.stays().to(features.device)]
+
+    def deepstack(self) -> list[Tensor]:
+        """The deepstack features at the places that stay, one [M, D] a layer."""
+        if not self.visual.deepstack:
+            return []
+        if self.visual.slots is not None or self.choice.slots is not None:
+            raise NotImplementedError("deepstack features with newlines or a reordered sequence")
+        return [layer[self.choice.kept.to(layer.device)] for layer in self.visual.deepstack]
+
+    def report(self) -> ImageReport:
+        """What a report says of it."""
+        visual = self.visual
+        return ImageReport(
+            n=visual.span,
+            kept=len(self.stays()),
+            indices=self.choice.kept,
+            grid=visual.grid,
+            views=tuple(visual.views),
+            patches=visual.patches,
+            merged=self.choice.features is not None,
+        )
 
 
 def following(positions: Tensor, real: Tensor) -> Tensor:
@@ -82,15 +131,19 @@ def compact(positions: Tensor, keep: Tensor, selected: Sequence[Selected]) -> tu
     axes = positions[-3:]
     shift = torch.zeros(keep.shape[0], dtype=torch.long, device=keep.device)
     for one in selected:
-        row, columns = one.row, one.columns
-        image = columns[one.kept.to(columns.device)]
-        first = axes[:, row, columns].min()
-        end = axes[:, row, columns].max() + 1
-        for axis in axes:
-            axis[row, image] = first + axis[row, image].unique(return_inverse=True)[1]
-        moved = end - (axes[:, row, image].max() + 1)
-        axes[:, row, columns[-1] + 1 :] -= moved
-        shift[row] += moved
+        row, stays = one.row, torch.zeros_like(one.columns, dtype=torch.bool)
+        stays[one.stays().to(stays.device)] = True
+        breaks = (one.columns.diff() != 1).nonzero().flatten().add(1).tolist()
+        bounds = [0, *breaks, len(one.columns)]
+        for begin, stop in zip(bounds[:-1], bounds[1:]):  # a video may stand in several runs, one a frame
+            columns, image = one.columns[begin:stop], one.columns[begin:stop][stays[begin:stop]]
+            first = axes[:, row, columns].min()
+            end = axes[:, row, columns].max() + 1
+            for axis in axes:
+                axis[row, image] = first + axis[row, image].unique(return_inverse=True)[1]
+            last = axes[:, row, image].max() + 1 if len(image) else first
+            axes[:, row, columns[-1] + 1 :] -= end - last
+            shift[row] += end - last
     if len(positions) == 4:  # the text row, which numbers the sequence itself
         positions[0] = positions[0] - (~keep).long().cumsum(1)
     return positions, shift

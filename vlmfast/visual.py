@@ -1,43 +1,79 @@
-"""What a method sees of one image: its visual tokens, their layout, and the statistics it asked for."""
+"""What a method sees of one picture: its visual tokens, their layout, and the statistics it asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-ScoreKind = Literal["cls_row", "last_row", "column_mean"]
+ScoreKind = Literal["cls_row", "last_row", "column_mean", "row_mean", "key", "hidden"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """A statistic of the attention of one layer of the vision tower, per key, averaged over heads.
+    """A statistic of one layer of the vision tower, fp32, one value (or one vector) per token of the tower.
 
     layer: 0-based index of the block. Negative values are not allowed: a score is a key of dictionaries.
-    kind: `cls_row` the row of the CLS query; `last_row` the row of the last query; `column_mean` the mean over all
-        queries (CLS included where there is one), that is the attention a key receives.
+    kind: of the attention, averaged over heads: `cls_row` the row of the CLS query; `last_row` the row of the last
+        query; `column_mean` the mean over queries, that is the attention a key receives; `row_mean` the mean over
+        keys, per query. Vectors: `key` the head-mean of the keys [d]; `hidden` the block's output [C].
     softmax: statistics of softmax(q k^T / sqrt(d)); False: of the scaled logits before the softmax.
+    patches: queries and keys of the mean are patches alone, CLS is left out (the softmax still runs over all keys).
     """
 
     layer: int
     kind: ScoreKind
     softmax: bool = True
+    patches: bool = False
+
+    @property
+    def vector(self) -> bool:
+        """Whether the statistic is a vector per token, which costs no attention."""
+        return self.kind in ("key", "hidden")
+
+
+@dataclass(frozen=True)
+class View:
+    """One part of a picture that went through the tower by itself: the whole image, a crop of it, a frame.
+
+    index: [h * w] where its tokens stand among the picture's, in the view's own raster order. grid: (h, w) of these
+    tokens (padding that never enters the prompt is cut off already). kind: "image", "thumbnail", "crop" or "frame".
+    cell: (row, column) of a crop in the crops' grid; number of a frame as (frame, 0). region: (top, left, bottom,
+    right) of the picture that the view shows, as fractions.
+    """
+
+    index: Tensor
+    grid: tuple[int, int]
+    kind: Literal["image", "thumbnail", "crop", "frame"] = "image"
+    cell: tuple[int, int] = (0, 0)
+    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of one image as they would enter the language model.
+    """The visual tokens of one picture (an image or a video) as they would enter the language model.
 
-    features: [N, D], raster order over `grid`.
-    grid: (t, h, w) of the tokens, t * h * w = N.
-    queries: number of rows of the tower's attention over this image (patches, and CLS where there is one):
+    features: [N, D], in the order of the prompt: raster order over `grid` where there is one view.
+    grid: (t, h, w) of the tokens; t * h * w = N where all views have one size, else (1, 1, N).
+    queries: number of rows of the tower's attention over one view (patches, and CLS where there is one):
         column_mean * queries = attention mass received.
-    pixels: the processor's values of this image (only read, for methods whose choice depends on the image alone).
+    pixels: the processor's values of this picture (only read, for methods whose choice depends on the image alone).
     statistics: every statistic that was taken, mapped to the N tokens (merged patches averaged), fp32.
     scores: the statistics the current method asked for, under its own names.
+    views: its parts; none given: one view of the whole grid, or one a frame where t > 1.
+    patches: (t, h, w) in patches before merging, of all views together: what the tower had to do.
+    slots: [N] the tokens' places among the picture's placeholders, ascending; None: all of them. Other places hold
+        `newline` [D].
+    span: number of placeholders, N where there are no newlines.
+    deepstack: [N, D] for each decoder layer that adds features of its own.
+    text: [T, D] input embeddings of the question, for methods that ask for it (`uses_text`).
+    project: maps tower features [n, C] to visual tokens [n, D] where the family's projector works token by token.
     """
 
     features: Tensor
@@ -46,9 +82,69 @@ class VisualTokens:
     pixels: Tensor | None = None
     statistics: Mapping[Score, Tensor] = field(default_factory=dict)
     scores: Mapping[str, Tensor] = field(default_factory=dict)
+    views: Sequence[View] = ()
+    patches: tuple[int, int, int] = (0, 0, 0)
+    slots: Tensor | None = None
+    span: int = 0
+    newline: Tensor | None = None
+    deepstack: Sequence[Tensor] = ()
+    text: Tensor | None = None
+    project: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.views:
+            object.__setattr__(self, "views", frames(self.grid))
+        if not self.span:
+            object.__setattr__(self, "span", len(self))
 
     def __len__(self) -> int:
         return self.features.shape[0]
+
+    def spread(self, features: Tensor) -> Tensor:
+        """Features of all tokens [N, D] -> of all placeholders [span, D]: newlines put in."""
+        if self.slots is None:
+            return features
+        if self.newline is None:
+            raise ValueError("placeholders without a token need `newline`")
+        whole = self.newline.to(features).expand(self.span, -1).clone()
+        whole[self.slots.to(features.device)] = features
+        return whole
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method keeps of one picture.
+
+    kept: [K] indices of visual tokens, ascending. features: [K, D] what stands in their places, None: their own.
+    slots: [M] placeholders that stay, ascending, for a method that decides over newlines or the order of the sequence
+    itself: `features` is then [M, D].
+    """
+
+    kept: Tensor
+    features: Tensor | None = None
+    slots: Tensor | None = None
+
+
+def frames(grid: tuple[int, int, int]) -> tuple[View, ...]:
+    """The views of a picture whose tokens lie in raster order over (t, h, w): one, or one a frame."""
+    t, h, w = grid
+    index = torch.arange(t * h * w).view(t, h * w)
+    if t == 1:
+        return (View(index[0], (h, w)),)
+    return tuple(View(index[i], (h, w), "frame", (i, 0)) for i in range(t))
+
+
+def apportion(k: int, sizes: Sequence[int]) -> list[int]:
+    """`k` tokens shared out over views in proportion to their sizes, by largest remainder, ties to earlier views.
+
+    Raises ValueError when k exceeds the sum of the sizes.
+    """
+    total = sum(sizes)
+    if not 0 <= k <= total:
+        raise ValueError(f"{k} tokens of views that have {total}")
+    shares = [k * size // total for size in sizes]
+    left = sorted(range(len(sizes)), key=lambda i: (-(k * sizes[i] % total), i))[: k - sum(shares)]
+    return [share + (i in left) for i, share in enumerate(shares)]
 
 
 def check_keep(keep: float | int) -> None:
@@ -136,5 +232,5 @@ def window_order(grid: tuple[int, int, int], window: int) -> Tensor:
 
 
 def mean_over(groups: Tensor, size: int) -> Tensor:
-    """Mean of each run of `size` consecutive values: [N * size] -> [N]."""
-    return groups.view(-1, size).mean(dim=1)
+    """Mean of each run of `size` consecutive values: [N * size, ...] -> [N, ...]."""
+    return groups.unflatten(0, (-1, size)).mean(dim=1)

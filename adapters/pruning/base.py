@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from vlmfast.adapter import Adapter
 from vlmfast.families import Positions, Tower
 from vlmfast.inputs import Door
 from vlmfast.patching import Patch
-from vlmfast.visual import Score, VisualTokens, budget, check_keep
+from vlmfast.visual import Choice, Score, View, VisualTokens, apportion, budget, check_keep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,8 @@ class Pruner(Adapter):
     """
 
     kind: ClassVar[str] = "pruning"
+    uses_text: ClassVar[bool] = False
+    keeps_newlines: ClassVar[bool] = False
     keep: float | int = 0.5
     positions: Positions | None = None
 
@@ -43,18 +46,28 @@ class Pruner(Adapter):
         """What a user of this tower should read in the report."""
         return ()
 
-    def select(self, visual: VisualTokens) -> Tensor:
-        """Indices of the visual tokens to keep, any order. -> int64 [budget(keep, N)]"""
+    def select(self, visual: VisualTokens) -> Tensor | Choice:
+        """The visual tokens to keep: their indices in any order, int64 [budget(keep, N)], or a `Choice`."""
         raise NotImplementedError(f"{type(self).__name__} does not implement select")
 
-    def choose(self, visual: VisualTokens) -> Tensor:
-        """Kept indices in raster order; all of them, untouched by the method, when nothing is to go."""
+    def choose(self, visual: VisualTokens) -> Choice:
+        """Kept tokens in the order of the prompt; all of them, untouched by the method, when nothing is to go."""
         if budget(self.keep, len(visual)) == len(visual):
-            return torch.arange(len(visual), device=visual.features.device)
-        return self.select(visual).sort().values
+            return Choice(torch.arange(len(visual), device=visual.features.device))
+        chosen = self.select(visual)
+        return chosen if isinstance(chosen, Choice) else Choice(chosen.sort().values)
+
+    def per_view(self, visual: VisualTokens, choose: Callable[[View, int], Tensor]) -> Tensor:
+        """Share the budget out over the views by size and choose in each. -> int64 [budget(keep, N)]
+
+        choose: (view, k) -> k indices into `view.index`.
+        """
+        shares = apportion(budget(self.keep, len(visual)), [len(view) for view in visual.views])
+        parts = [view.index.to(visual.features.device)[choose(view, k)] for view, k in zip(visual.views, shares) if k]
+        return torch.cat(parts)
 
     def attach(self, patch: Patch) -> None:
         """Install door 1. Two pruners would each rewrite what the other rewrote: refused."""
-        if patch.base.__dict__.get("get_image_features") is not None:
+        if any(source.encode in patch.base.__dict__ for source in patch.family.sources.values()):
             raise NotImplementedError("two pruning methods before the language model cannot be combined: choose one")
         Door(patch, self, self.positions)

@@ -1,0 +1,124 @@
+"""What a model family is: everything that differs between families, as data, so that nothing else asks for a type."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vlmfast.towers import Grid, Tower, Vision
+from vlmfast.visual import Score, VisualTokens, mean_over
+
+Positions = Literal["original", "compact"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One pass of the vision side: what a layout turns into one `VisualTokens` a picture.
+
+    tower, config: of the model. inputs: the arguments of `get_image_features` or `get_video_features` by name. output:
+    its ModelOutput (`pooler_output`, `deepstack_features`, ...). raw: per statistic one tensor for each attention call
+    of that layer, [views, tower tokens] or, for vectors, [views, tower tokens, c].
+    """
+
+    tower: Tower
+    config: Any
+    inputs: Mapping[str, Any]
+    output: Any
+    raw: Mapping[Score, list[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One kind of visual input of a family: images or videos.
+
+    layout: turns a pass into one VisualTokens a picture, in the order of the placeholders.
+    token: attribute of the config with the placeholder's id. pixels: the forward's argument that holds the pictures.
+    encode: method of the base model. container: what the model takes `pooler_output` as ("list" of one tensor a
+    picture, or one "tensor"). blocks: of a tower of its own, None: the family's.
+    """
+
+    layout: Callable[[Encoded], list[VisualTokens]]
+    token: str = "image_token_id"
+    pixels: str = "pixel_values"
+    encode: str = "get_image_features"
+    container: Literal["list", "tensor"] = "list"
+    blocks: tuple[str, ...] | None = None
+
+    def pack(self, pictures: Sequence[Tensor]) -> Any:
+        """The features of all pictures in the container the model takes. [n, D] each"""
+        return list(pictures) if self.container == "list" else torch.cat(list(pictures))[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model family.
+
+    blocks: dotted paths from the base model to the tower's blocks, first that exists; attention: from a block to its
+    attention module. positions: what the authors' codes do with position ids of kept tokens. mrope: positions have
+    three axes. tower: config -> Tower. vision: (config, patch grid) -> cost of the vision side. sources: "image" and,
+    where the family takes them, "video". crops: an image may come as a thumbnail and crops of its own.
+    first_position: position of the first token of a prompt. deepstack: features are added after the first decoder
+    layers, too. projector: path to a module that maps tower features to visual tokens one by one, None where there is
+    none such.
+    """
+
+    name: str
+    blocks: tuple[str, ...]
+    attention: str
+    positions: Positions
+    mrope: bool
+    tower: Callable[[Any], Tower]
+    vision: Callable[[Any, Grid], Vision]
+    sources: Mapping[str, Source]
+    crops: bool = False
+    first_position: int = 0
+    deepstack: bool = False
+    projector: str | None = None
+
+    def block_modules(self, base: Any, source: Source) -> list[Any]:
+        """The blocks of the vision tower."""
+        return list(first_of(base, source.blocks or self.blocks))
+
+    def attention_module(self, block: Any) -> Any:
+        """The attention module of a block of the vision tower."""
+        return follow(block, self.attention)
+
+
+def follow(root: Any, path: str) -> Any:
+    """The attribute at a dotted path."""
+    return functools.reduce(getattr, path.split("."), root)
+
+
+def first_of(root: Any, paths: Sequence[str]) -> Any:
+    """The attribute at the first dotted path that exists."""
+    for path in paths:
+        try:
+            return follow(root, path)
+        except AttributeError:
+            continue
+    raise NotImplementedError(
+        f"{type(root).__name__} has none of {', '.join(paths)}: an unknown layout of this family"
+    )
+
+
+def window_to_raster(patches: Tensor, order: Tensor, merge: int) -> Tensor:
+    """Values of patches in window order -> values of merged tokens in raster order. [N * merge^2, ...] -> [N, ...]
+
+    order: `window_order` of the merged grid; a merged token's value is the mean over its patches.
+    """
+    merged = mean_over(patches, merge * merge)
+    raster = torch.empty_like(merged)
+    raster[order.to(merged.device)] = merged
+    return raster
+
+
+def did_you_mean(word: str, choices: Any) -> str:
+    """A hint such as ' (did you mean keep?)', empty when nothing is close."""
+    close = difflib.get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

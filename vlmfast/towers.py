@@ -1,0 +1,74 @@
+"""The vision side of a model as data: what its tower can be asked for, and what it costs on one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vlmfast.visual import Score
+
+Grid = tuple[int, int, int]  # (t, h, w) in patches, before any merging; t counts views, crops or frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """The vision tower, read from a config.
+
+    depth, heads: of its blocks. feature_layer: 0-based block whose output becomes the visual tokens.
+    full_layers: blocks whose attention spans the whole view (the others have windows: their scores do not compare).
+    has_cls: token 0 of the tower is CLS and leaves before the projector.
+    merge: patches per side of a visual token; window: visual tokens per side of an attention window, 0 without.
+    """
+
+    depth: int
+    heads: int
+    feature_layer: int
+    full_layers: tuple[int, ...]
+    has_cls: bool
+    merge: int = 1
+    window: int = 0
+
+    def check(self, score: Score) -> None:
+        """Raise ValueError when this tower cannot give the statistic."""
+        if not 0 <= score.layer < self.depth:
+            raise ValueError(f"layer {score.layer} of a vision tower with {self.depth} layers (0-based)")
+        if score.layer not in self.full_layers and not score.vector:
+            raise ValueError(
+                f"layer {score.layer} of this vision tower attends inside windows, so its scores do not compare "
+                f"between windows; layers with full attention: {', '.join(map(str, self.full_layers))}"
+            )
+        if score.kind == "cls_row" and not self.has_cls:
+            raise ValueError("this vision tower has no CLS token")
+
+    def nearest_full_layer(self, share: float) -> int:
+        """The full-attention block nearest to this share of the depth (1-based count, as papers give it)."""
+        return min(self.full_layers, key=lambda layer: (abs((layer + 1) / self.depth - share), layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vision:
+    """One picture on the vision side, in FLOPs (2 x multiply-adds of every matrix product that runs).
+
+    tower, projector: FLOPs. tokens: visual tokens of the unpatched prompt. width: of all heads together.
+    spans: [layers][spans] numbers of tower tokens that attend to each other.
+    """
+
+    tower: int
+    projector: int
+    tokens: int
+    width: int
+    spans: tuple[tuple[int, ...], ...]
+
+
+def vit_flops(
+    *, patches: int, patch_values: int, width: int, ff: int, matrices: int, spans: Sequence[Sequence[int]]
+) -> int:
+    """FLOPs of a plain ViT: patch embedding, and per layer q, k, v, o, a feed-forward net and full attention per span.
+
+    patches: without CLS; patch_values: numbers in a patch; ff: width of the feed-forward net with 2 or 3 `matrices`
+    (gated); spans: per layer the numbers of tokens that attend to each other.
+    """
+    embedding = 2 * patches * patch_values * width
+    linear = sum(2 * sum(layer) * (4 * width * width + matrices * width * ff) for layer in spans)
+    attention = sum(4 * width * span * span for layer in spans for span in layer)
+    return embedding + linear + attention

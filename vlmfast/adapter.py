@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from vlmfast.families import Family
     from vlmfast.patching import Patch
 
 
@@ -31,6 +32,22 @@ class Adapter:
     def settings(cls) -> dict[str, Any]:
         """Settings and their defaults, in the order of definition."""
         return {field.name: field.default for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def unsupported(cls, family: Family) -> str | None:
+        """Why the method cannot work on a family, under no setting; None where it can."""
+        return None
+
+    @classmethod
+    def needs(cls, family: Family) -> dict[str, Any]:
+        """Settings without which the method does not run on a family, for example a fallback; usually none."""
+        return {}
+
+    def check(self, family: Family) -> None:
+        """Raise NotImplementedError where the method cannot work on the family."""
+        reason = self.unsupported(family)
+        if reason is not None:
+            raise NotImplementedError(f"{self.name} does not work on {family.name}: {reason}")
 
     def attach(self, patch: Patch) -> None:
         """Install the method on `patch.model`; every change goes through `patch`, which can undo it."""

@@ -231,6 +231,7 @@ def install(model: Any, adapters: tuple[Adapter, ...], spec: str) -> Handle:
         patch.set(target, HANDLE, handle)
         patch.set(target, "save_pretrained", SaveSpec(target, spec))
         for adapter in adapters:
+            adapter.check(patch.family)
             adapter.attach(patch)
     except BaseException:
         patch.close()

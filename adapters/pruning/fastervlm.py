@@ -16,12 +16,12 @@ the authors advise (VisPruner issue 1); without it such a tower is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
-from vlmfast.families import Tower
+from vlmfast.families import Family, Tower
 from vlmfast.visual import Score, VisualTokens, budget, top
 
 
@@ -38,6 +38,11 @@ class FasterVLM(Pruner):
         super().__post_init__()
         if self.fallback not in (None, "received"):
             raise ValueError(f"fallback={self.fallback!r}: choose 'received' or leave it out")
+
+    @classmethod
+    def needs(cls, family: Family) -> dict[str, Any]:
+        """The fallback, where the tower has no CLS."""
+        return {} if family.cls else {"fallback": "received"}
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """CLS row of the feature layer; the attention received where there is no CLS and the fallback is chosen."""

@@ -62,10 +62,10 @@ class Family:
     blocks: dotted paths from the base model to the tower's blocks, first that exists; attention: from a block to its
     attention module. positions: what the authors' codes do with position ids of kept tokens. mrope: positions have
     three axes. tower: config -> Tower. vision: (config, patch grid) -> cost of the vision side. sources: "image" and,
-    where the family takes them, "video". crops: an image may come as a thumbnail and crops of its own.
-    first_position: position of the first token of a prompt. deepstack: features are added after the first decoder
-    layers, too. projector: path to a module that maps tower features to visual tokens one by one, None where there is
-    none such.
+    where the family takes them, "video". cls: the stock tower has a CLS token (`Tower.has_cls` is what holds for a
+    config). crops: an image may come as a thumbnail and crops of its own. first_position: position of the first token
+    of a prompt. deepstack: features are added after the first decoder layers, too. projector: path to a module that
+    maps tower features to visual tokens one by one, None where there is none such.
     """
 
     name: str
@@ -76,6 +76,7 @@ class Family:
     tower: Callable[[Any], Tower]
     vision: Callable[[Any, Grid], Vision]
     sources: Mapping[str, Source]
+    cls: bool = False
     crops: bool = False
     first_position: int = 0
     deepstack: bool = False

@@ -94,6 +94,7 @@ LLAVA = Family(
     vision=clip_vision,
     sources={"image": Source(layout=_llava_layout)},
     projector="multi_modal_projector",
+    cls=True,
 )
 
 FAMILIES = (LLAVA,)

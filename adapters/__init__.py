@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vlmfast.adapter import Adapter
@@ -18,7 +19,7 @@ from vlmfast.adapters.pruning.grid import Grid
 from vlmfast.adapters.pruning.hiprune import HiPrune
 from vlmfast.adapters.pruning.random import Random
 from vlmfast.cost import solve_keep
-from vlmfast.families import did_you_mean, family_of
+from vlmfast.families import FAMILIES, did_you_mean, family_of
 from vlmfast.patching import unwrap
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "Grid",
     "HiPrune",
     "Random",
+    "Support",
     "from_spec",
     "resolve",
     "solve_flops",
+    "support",
     "to_spec",
     "with_positions",
 ]
@@ -43,12 +46,24 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 # What `vlmfast.patch(model)` does, by family.
-DEFAULTS: dict[str, str] = {
-    "llava": "hiprune:keep=0.33",
-    "qwen2_5_vl": "hiprune:keep=0.33",
-}
+DEFAULTS: dict[str, str] = dict.fromkeys(FAMILIES, "hiprune:keep=0.33")
 
 NONE = "none"
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a method works on a family: `reason` why not, None if it does; `needs`, settings it does not run without."""
+
+    reason: str | None
+    needs: dict[str, Any]
+
+
+def support(method: str, family: str) -> Support:
+    """What `vlmfast list families` prints and the tests run: one answer for every method and family."""
+    cls, about = ADAPTERS[method], FAMILIES[family]
+    reason = cls.unsupported(about)
+    return Support(reason, {} if reason else cls.needs(about))
 
 
 def from_spec(spec: str) -> tuple[Adapter, ...]:

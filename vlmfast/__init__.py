@@ -74,11 +74,18 @@ class MethodInfo:
 
 def methods() -> dict[str, MethodInfo]:
     """Every method by name."""
-    from vlmfast.adapters import ADAPTERS
+    from vlmfast.adapters import ADAPTERS, support
     from vlmfast.families import FAMILIES
 
     return {
-        name: MethodInfo(name, cls.kind, cls.summary, cls.paper, cls.settings(), tuple(FAMILIES))
+        name: MethodInfo(
+            name,
+            cls.kind,
+            cls.summary,
+            cls.paper,
+            cls.settings(),
+            tuple(family for family in FAMILIES if support(name, family).reason is None),
+        )
         for name, cls in ADAPTERS.items()
     }
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from vlmfast.decoders import decoder
 from vlmfast.families import family_of
 from vlmfast.towers import Grid, Vision
 from vlmfast.visual import Score
@@ -76,18 +77,6 @@ class Cost:
         return self.total_prefill + self.decode
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The sizes of a decoder: layers, d, width of all query heads, width of all key heads, m, vocabulary."""
-
-    layers: int
-    width: int
-    query: int
-    key: int
-    ff: int
-    vocabulary: int
-
-
 def prompt_cost(
     config: Any,
     *,
@@ -116,7 +105,8 @@ def prompt_cost(
 
     Raises NotImplementedError for an unknown family, ValueError for numbers that cannot be.
     """
-    decoder = _text(config)
+    text_model = decoder(config)
+    layers = text_model.layers
     vision = [_vision(config, grid) for grid in images]
     everything = [image.tokens for image in vision] if tokens is None else list(tokens)
     if len(everything) != len(vision):
@@ -131,25 +121,26 @@ def prompt_cost(
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     if visual_per_layer is None:
-        visual_per_layer = [sum(kept)] * decoder.layers
-    if len(visual_per_layer) != decoder.layers:
+        visual_per_layer = [sum(kept)] * len(layers)
+    if len(visual_per_layer) != len(layers):
         raise ValueError(
-            f"visual_per_layer must give one number for each of the {decoder.layers} decoder layers, "
+            f"visual_per_layer must give one number for each of the {len(layers)} decoder layers, "
             f"got {len(visual_per_layer)}"
         )
     lengths = [text + visual for visual in visual_per_layer]
-    head = 2 * decoder.width * decoder.vocabulary
+    head = 2 * text_model.width * text_model.vocabulary
     decode = sum(
-        head + sum(_decoder_layer(decoder, 1, length + step) for length in lengths) for step in range(1, generated)
+        head + sum(layer.flops(1, length + step) for layer, length in zip(layers, lengths))
+        for step in range(1, generated)
     )
     return Cost(
         tower=sum(image.tower for image in vision),
         projector=sum(image.projector for image in vision),
         selection=sum(_score(image, score) for image in vision for score in scores),
-        prefill=sum(_decoder_layer(decoder, length, length) for length in lengths),
+        prefill=sum(layer.flops(length, length) for layer, length in zip(layers, lengths)),
         head=head,
         decode=decode,
-        kv_bytes=2 * decoder.key * kv_dtype.itemsize * sum(lengths),
+        kv_bytes=sum(layer.mixer.cached(length, kv_dtype.itemsize) for layer, length in zip(layers, lengths)),
     )
 
 
@@ -172,25 +163,32 @@ def prefill_flops(config: Any, tokens: float | Sequence[float], convention: str 
 
     tokens: the prompt's length, or its length in every decoder layer. Lengths may be means, hence not whole numbers.
     """
-    decoder = _text(config)
-    if isinstance(tokens, (int, float)):
-        tokens = [tokens] * decoder.layers
-    if len(tokens) != decoder.layers:
-        raise ValueError(f"tokens must give a length for each of the {decoder.layers} layers, got {len(tokens)}")
+    layers = decoder(config).layers
+    lengths = _lengths(tokens, len(layers))
     if convention == "X2":
-        return sum(_decoder_layer(decoder, n, n) for n in tokens)
+        return sum(layer.flops(n, n) for layer, n in zip(layers, lengths))
     if convention not in CONVENTIONS:
         raise ValueError(f"unknown convention {convention!r}; there are {', '.join(CONVENTIONS)}")
     matrices = 2 if convention == "F2m" else 3
-    d, m = decoder.width, decoder.ff
-    return sum(4 * n * d * d + 2 * n * n * d + matrices * n * d * m for n in tokens)
+    return sum(
+        4 * n * layer.width**2 + 2 * n * n * layer.width + matrices * n * layer.width * layer.ff
+        for layer, n in zip(layers, lengths)
+    )
 
 
 def kv_bytes(config: Any, tokens: float | Sequence[float], dtype: torch.dtype = torch.float16) -> float:
     """Bytes of the key-value cache for a number of tokens, or for the number in every decoder layer."""
-    decoder = _text(config)
-    held = tokens * decoder.layers if isinstance(tokens, (int, float)) else sum(tokens)
-    return 2 * decoder.key * dtype.itemsize * held
+    layers = decoder(config).layers
+    lengths = _lengths(tokens, len(layers))
+    return sum(layer.mixer.cached(n, dtype.itemsize) for layer, n in zip(layers, lengths))
+
+
+def _lengths(tokens: float | Sequence[float], layers: int) -> Sequence[float]:
+    """The prompt's length in every decoder layer."""
+    lengths = [tokens] * layers if isinstance(tokens, (int, float)) else tokens
+    if len(lengths) != layers:
+        raise ValueError(f"tokens must give a length for each of the {layers} layers, got {len(lengths)}")
+    return lengths
 
 
 def solve_keep(
@@ -245,12 +243,6 @@ def solve_keep(
     return (low + high) / 2
 
 
-def _decoder_layer(decoder: _Text, queries: float, keys: float) -> Any:
-    """X2 of one decoder layer: `queries` new tokens that attend to `keys` tokens, themselves included."""
-    projections = 2 * decoder.width * (2 * decoder.query + 2 * decoder.key) * queries
-    return projections + 6 * decoder.width * decoder.ff * queries + 4 * decoder.query * queries * keys
-
-
 def _score(image: Vision, score: Score) -> int:
     """X2 of one statistic on one image: q k^T again, of one row or of all rows of every span; softmax is free.
 
@@ -263,26 +255,6 @@ def _score(image: Vision, score: Score) -> int:
         raise ValueError(f"the tower has layers 0 to {depth - 1}, got layer {score.layer}")
     rows = SCORE_ROWS[score.kind]
     return sum(2 * image.width * span * (span if rows is None else rows) for span in image.spans[score.layer])
-
-
-def _text(config: Any) -> _Text:
-    """Sizes of the decoder; NotImplementedError unless its layers are of the gated kind counted here."""
-    text = config.get_text_config()
-    known = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
-    if text.model_type not in known:
-        raise NotImplementedError(
-            f"no cost model for the text model {text.model_type!r}; there is one for {', '.join(known)}"
-        )
-    heads = text.num_attention_heads
-    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return _Text(
-        layers=text.num_hidden_layers,
-        width=text.hidden_size,
-        query=heads * head_width,
-        key=(text.num_key_value_heads or heads) * head_width,
-        ff=text.intermediate_size,
-        vocabulary=text.vocab_size,
-    )
 
 
 def _vision(config: Any, grid: Grid) -> Vision:

@@ -306,13 +306,15 @@ class Door:
             ).total_prefill
             plain += prompt_cost(self.config, **about).total_prefill
         notes = getattr(self.selector, "notes", lambda tower: ())(self.tower)
-        mean = sum(one.kept for row in self.last for one in row.pictures) / len(self.last)
+        pictures = tuple(one for row in self.last for one in row.pictures)
+        remarks = getattr(self.selector, "remarks", lambda pictures: ())(pictures)
+        mean = sum(one.kept for one in pictures) / len(self.last)
         return dataclasses.replace(
             report,
-            images=tuple(one for row in self.last for one in row.pictures),
+            images=pictures,
             share=cost / plain,
             per_layer=(mean,) * self.config.get_text_config().num_hidden_layers,
-            notes=(*report.notes, *notes),
+            notes=(*report.notes, *notes, *remarks),
         )
 
 

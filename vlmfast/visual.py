@@ -134,6 +134,24 @@ def frames(grid: tuple[int, int, int]) -> tuple[View, ...]:
     return tuple(View(index[i], (h, w), "frame", (i, 0)) for i in range(t))
 
 
+def is_video(views: Sequence[View]) -> bool:
+    """Whether a picture has frames to compare: not an image, nor a video of one frame."""
+    return sum(view.kind == "frame" for view in views) > 1
+
+
+def frame_index(views: Sequence[View]) -> Tensor:
+    """Where the tokens of a video's frames stand among its tokens, a row a frame in order of time. -> [F, n]
+
+    Raises ValueError without two frames, or when frames differ in size.
+    """
+    index = [view.index for view in views if view.kind == "frame"]
+    if not is_video(views):
+        raise ValueError(f"a video of two frames or more is needed, got {len(index)} frame(s)")
+    if len(set(map(len, index))) > 1:
+        raise ValueError(f"frames of different sizes: {', '.join(str(len(one)) for one in index)} tokens")
+    return torch.stack(index)
+
+
 def apportion(k: int, sizes: Sequence[int]) -> list[int]:
     """`k` tokens shared out over views in proportion to their sizes, by largest remainder, ties to earlier views.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapter import Adapter
-from vlmfast.families import Positions, Tower
+from vlmfast.families import Family, Positions, Tower
 from vlmfast.inputs import Door
-from vlmfast.patching import Patch
-from vlmfast.visual import Choice, Score, View, VisualTokens, apportion, budget, check_keep
+from vlmfast.patching import ImageReport, Patch
+from vlmfast.visual import Choice, Score, View, VisualTokens, apportion, budget, check_keep, is_video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,12 @@ class Pruner(Adapter):
     together. positions: "original" keeps the position ids of kept tokens, "compact" renumbers without gaps; None: what
     the official codes do for the model family.
 
-    A method implements `select`, and `wanted` when it needs statistics of the vision tower.
+    A method implements `select`, and `wanted` when it needs statistics of the vision tower. `modalities`: what it
+    prunes; a method for videos alone leaves images, and videos of a single frame, whole.
     """
 
     kind: ClassVar[str] = "pruning"
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     uses_text: ClassVar[bool] = False
     keeps_newlines: ClassVar[bool] = False
     keep: float | int = 0.5
@@ -38,6 +40,13 @@ class Pruner(Adapter):
         if self.positions not in (None, "original", "compact"):
             raise ValueError(f"positions={self.positions!r}: choose 'original' or 'compact'")
 
+    @classmethod
+    def unsupported(cls, family: Family) -> str | None:
+        """A method for videos has nothing to do where a family takes none."""
+        if any(modality in family.sources for modality in cls.modalities):
+            return None
+        return f"it prunes {' and '.join(cls.modalities)}s, the family takes {' and '.join(family.sources)}s"
+
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """Statistics of the vision tower the method needs, under its own names. Raises where it cannot work."""
         return {}
@@ -46,13 +55,21 @@ class Pruner(Adapter):
         """What a user of this tower should read in the report."""
         return ()
 
+    def remarks(self, pictures: Sequence[ImageReport]) -> tuple[str, ...]:
+        """What a user should read in the report about the pictures of the last prompts."""
+        whole = sum(not self._prunes(picture.views) for picture in pictures)
+        return (f"{self.name}: prunes videos; {whole} still picture(s) kept whole",) if whole else ()
+
+    def _prunes(self, views: Sequence[View]) -> bool:
+        return "image" in self.modalities or is_video(views)
+
     def select(self, visual: VisualTokens) -> Tensor | Choice:
         """The visual tokens to keep: their indices in any order, int64 [budget(keep, N)], or a `Choice`."""
         raise NotImplementedError(f"{type(self).__name__} does not implement select")
 
     def choose(self, visual: VisualTokens) -> Choice:
         """Kept tokens in the order of the prompt; all of them, untouched by the method, when nothing is to go."""
-        if budget(self.keep, len(visual)) == len(visual):
+        if not self._prunes(visual.views) or budget(self.keep, len(visual)) == len(visual):
             return Choice(torch.arange(len(visual), device=visual.features.device))
         chosen = self.select(visual)
         return chosen if isinstance(chosen, Choice) else Choice(chosen.sort().values)

@@ -13,7 +13,7 @@ eval: $(VENV)/installed
 	$(BIN)/vlmfast eval $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix $(SOURCES)

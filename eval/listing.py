@@ -15,6 +15,8 @@ def show(topics: Sequence[str], console: Console | None = None) -> None:
     tables = {"methods": _methods, "families": _families, "tasks": _tasks}
     for topic in topics:
         console.print(tables[topic](), "")
+        if topic == "families":
+            _matrix(console)
 
 
 def _methods() -> Table:
@@ -28,14 +30,44 @@ def _methods() -> Table:
 def _families() -> Table:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    from vlmfast.adapters import DEFAULTS
     from vlmfast.families import FAMILIES
 
-    table = _table("Model families", "name", "class of transformers", "positions", "vlmfast.patch(model)")
-    for name, family in FAMILIES.items():
+    table = _table("Model families", "no.", "name", "class of transformers", "pictures", "positions")
+    for number, (name, family) in enumerate(FAMILIES.items(), 1):
         cls = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name]
-        table.add_row(name, str(cls), family.positions, DEFAULTS.get(name, ""))
+        pictures = " ".join(f"{source}s" for source in family.sources)
+        table.add_row(str(number), name, str(cls), pictures, family.positions)
     return table
+
+
+def _matrix(console: Console) -> None:
+    """Which method works on which family: the table that the tests run."""
+    from vlmfast.adapters import ADAPTERS, DEFAULTS, support
+    from vlmfast.families import FAMILIES
+
+    console.print("vlmfast.patch(model) alone takes:", *dict.fromkeys(DEFAULTS.values()), "\n", highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for column in ("method", *map(str, range(1, len(FAMILIES) + 1))):
+        table.add_column(column)
+    table.padding = (0, 1, 0, 0)
+    notes: dict[str, list[str]] = {}
+    for method in ADAPTERS:
+        cells = []
+        for number, family in enumerate(FAMILIES, 1):
+            answer = support(method, family)
+            needs = ",".join(f"{name}={value}" for name, value in answer.needs.items())
+            cells.append("-" if answer.reason else "*" if needs else "x")
+            if answer.reason:
+                notes.setdefault(f"- {method}: {answer.reason}", []).append(str(number))
+            elif needs:
+                notes.setdefault(f"* {method}: with {method}:{needs}", []).append(str(number))
+        table.add_row(method, *cells)
+    console.print("Methods by family: x works, * works with the setting named below, - cannot work\n", highlight=False)
+    console.print(table)
+    console.print()
+    for note, numbers in notes.items():
+        console.print(f"{note} (families {', '.join(numbers)})", highlight=False, markup=False)
+    console.print()
 
 
 def _tasks() -> Table:

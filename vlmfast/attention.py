@@ -11,7 +11,9 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -148,12 +150,14 @@ class Taps:
     """Collects statistics of one forward pass; travels to the layers through the keyword arguments of the forward.
 
     collected[score] holds one [B, K] tensor (vectors: [B, K, c]) per attention call of that layer (towers with windows
-    make several).
+    make several). cuts: where the pictures begin and end, [0, ..., Q], in a tower that sees all pictures of a call as
+    one sequence with a mask between them: one tensor a picture then.
     """
 
     wanted: dict[int, list[Score]]  # id of the attention module, or of the block -> what to take there
     collected: dict[Score, list[Tensor]] = field(default_factory=dict)
     closed: bool = False  # set when read: a later recomputation (gradient checkpointing) takes nothing again
+    cuts: Sequence[int] | None = None
 
     @torch.no_grad()
     def observe(
@@ -172,10 +176,32 @@ class Taps:
         causal = bool(getattr(module, "is_causal", False) if causal is None else causal) and mask is None
         bounds = kwargs.get("cu_seq_lens_q")  # one call over a packed batch (flash attention of windowed towers)
         cuts = [0, query.shape[2]] if bounds is None else bounds.tolist()
+        packed = bounds is not None
+        if self.cuts is not None:
+            cuts, packed, mask = self.cuts, True, None
         for score in self.wanted.get(id(module), ()):
             for start, stop in zip(cuts[:-1], cuts[1:]):
-                part = query[:, :, start:stop], key[:, :, start:stop] if bounds is not None else key
+                part = query[:, :, start:stop], key[:, :, start:stop] if packed else key
                 self.collected.setdefault(score, []).append(statistic(score, *part, scaling, mask, causal))
+
+
+_current: ContextVar[Taps | None] = ContextVar("vlmfast_taps", default=None)
+
+
+@contextmanager
+def observing(taps: Taps) -> Iterator[None]:
+    """Let `taps` see what runs inside, also in towers that hand their layers no keyword arguments."""
+    token = _current.set(taps)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def taps_of(kwargs: dict[str, Any]) -> Taps | None:
+    """The `Taps` of a pass: from the keyword arguments of a layer, which lose them, or from around the pass."""
+    given: Taps | None = kwargs.pop(KEYWORD, None)
+    return _current.get() if given is None else given
 
 
 def tapped_attention(
@@ -189,7 +215,7 @@ def tapped_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention, output unchanged, plus the statistics its `Taps` want."""
-    taps: Taps | None = kwargs.pop(KEYWORD, None)
+    taps = taps_of(kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if taps is not None:
         taps.observe(module, query, key, attention_mask, scale, kwargs)
@@ -200,9 +226,11 @@ def tapped_attention(
 
 
 def tap(patch: Patch, modules: Sequence[Any]) -> None:
-    """Let `Taps` observe these attention modules for as long as the patch is open."""
+    """Let `Taps` observe these attention modules for as long as the patch is open. Twice is as good as once."""
     for module in modules:
         original = module.config
+        if hasattr(original, "vlmfast_original"):  # images and videos may share a tower
+            continue
         own = original._attn_implementation or "eager"
         config = copy.copy(original)
         config.vlmfast_original = original

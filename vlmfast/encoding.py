@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmfast.attention import KEYWORD, Taps, tap
+from vlmfast.attention import KEYWORD, Taps, observing, tap, taps_of
 from vlmfast.families import Encoded, Family, Source, Tower
 from vlmfast.families.base import follow
 from vlmfast.patching import HANDLE, Patch, unwrap
@@ -63,17 +64,26 @@ class PictureEncoder:
         hidden = [module for score, module in self.places.items() if score.kind == "hidden"]
         tap(patch, [module for module in dict.fromkeys(self.places.values()) if module not in hidden])
         for module in dict.fromkeys(hidden):
-            patch.hook(module, _take_hidden)
+            if _take_hidden not in module._forward_hooks.values():  # images and videos may share a tower
+                patch.hook(module, _take_hidden)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, with `VisualTokens` attached to the output."""
+        if KEYWORD in kwargs:  # a model that encodes its videos as images: the call for the videos collects
+            return self.original(*args, **kwargs)
         wanted: dict[int, list[Score]] = {}
         for score, module in self.places.items():
             wanted.setdefault(id(module), []).append(score)
         taps = Taps(wanted)
         inputs = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        missing = [name for name in self.source.needs if inputs.get(name) is None]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing beside {self.source.pixels}: pass all the processor returns")
         extra = {KEYWORD: taps} if self.scores else {}
-        output = self.original(*args, **kwargs, **extra)
+        if self.source.packed is not None:
+            taps.cuts = list(accumulate(self.source.packed(self.config, inputs), initial=0))
+        with observing(taps):
+            output = self.original(*args, **kwargs, **extra)
         taps.closed = True
         if isinstance(output, tuple):  # return_dict=False: nowhere to attach anything
             return output
@@ -87,7 +97,7 @@ class PictureEncoder:
 
 def _take_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Hook of a block of the tower: its output is a statistic. [B, K, C] or, packed, [K, C]"""
-    taps: Taps | None = kwargs.get(KEYWORD)
+    taps = taps_of(dict(kwargs))
     if taps is None or taps.closed:
         return
     hidden = (output[0] if isinstance(output, tuple) else output).detach().float()
@@ -118,15 +128,16 @@ def encode_images(model: Any, methods: Sequence[Any], *, modality: str = "image"
         patch.close()
 
 
-def encoder_outputs(images: Sequence[VisualTokens]) -> dict[str, Any]:
-    """`mm_encoder_outputs` for `model(...)` or `model.generate(...)` from images encoded before.
+def encoder_outputs(images: Sequence[VisualTokens], modality: str = "image") -> dict[str, Any]:
+    """`mm_encoder_outputs` for `model(...)` or `model.generate(...)` from pictures encoded before.
 
-    images: in the order of their placeholders in the batch. Families whose models take one tensor for all images get
-    a list here too: their own code accepts it when patched.
+    images: images, or videos where modality is "video", in the order of their placeholders in the batch; for prompts
+    with both, join the two dictionaries. Families whose models take one tensor for all images get a list here too:
+    their own code accepts it when patched.
     """
     features: list[Tensor] = [image.spread(image.features) for image in images]
     output = BaseModelOutputWithPooling(pooler_output=features)
     if images and images[0].deepstack:
         output.deepstack_features = [list(layer) for layer in zip(*(image.deepstack for image in images))]
     setattr(output, IMAGES, list(images))
-    return {"image": output}
+    return {modality: output}

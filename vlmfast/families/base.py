@@ -40,7 +40,9 @@ class Source:
     layout: turns a pass into one VisualTokens a picture, in the order of the placeholders.
     token: attribute of the config with the placeholder's id. pixels: the forward's argument that holds the pictures.
     encode: method of the base model. container: what the model takes `pooler_output` as ("list" of one tensor a
-    picture, or one "tensor"). blocks: of a tower of its own, None: the family's.
+    picture, or one "tensor"). blocks: of a tower of its own, None: the family's. needs: arguments that must come with
+    the pixels. packed: (config, inputs) -> tower tokens of each picture, for a tower that sees all pictures of a call
+    as one sequence with a mask between them.
     """
 
     layout: Callable[[Encoded], list[VisualTokens]]
@@ -49,6 +51,8 @@ class Source:
     encode: str = "get_image_features"
     container: Literal["list", "tensor"] = "list"
     blocks: tuple[str, ...] | None = None
+    needs: tuple[str, ...] = ()
+    packed: Callable[[Any, Mapping[str, Any]], list[int]] | None = None
 
     def pack(self, pictures: Sequence[Tensor]) -> Any:
         """The features of all pictures in the container the model takes. [n, D] each"""

@@ -7,12 +7,15 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from vlmfast.decoders import Decoder
     from vlmfast.families import Family
     from vlmfast.patching import Patch
+    from vlmfast.towers import Picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Adapter:
     kind: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    inside: ClassVar[bool] = False  # works between decoder layers, after every method that works before them
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
@@ -48,6 +52,23 @@ class Adapter:
         reason = self.unsupported(family)
         if reason is not None:
             raise NotImplementedError(f"{self.name} does not work on {family.name}: {reason}")
+
+    def visual_per_layer(self, picture: Picture, depth: int) -> Sequence[int]:
+        """What each of `depth` decoder layers holds of a picture that reaches the method in this size.
+
+        For the cost model alone, so that `flops=` can be solved: whole tokens, exactly what the method would do, newly
+        made tokens included. A method that works between decoder layers (`inside`) is given what those before the
+        language model leave (`picture.span` tokens).
+        """
+        return [picture.span] * depth
+
+    def selection_flops(self, picture: Picture, text: int, decoder: Decoder) -> int:
+        """What the method multiplies itself for one picture, in X2 (see `vlmfast.cost`), the tower's statistics apart.
+
+        Rows of the attention taken again in a decoder layer are `decoder.layers[i].mixer.rows(rows, keys)`. text: text
+        tokens of the prompt.
+        """
+        return 0
 
     def attach(self, patch: Patch) -> None:
         """Install the method on `patch.model`; every change goes through `patch`, which can undo it."""

@@ -46,6 +46,20 @@ class Tower:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A picture (an image or a video) by its sizes alone, which is what a cost depends on.
+
+    patches: (t, h, w) before merging, of all views together. tokens: visual tokens. span: placeholders that they take
+    up in the prompt, newlines included. frames: of a video, all with tokens / frames visual tokens; 1: a still image.
+    """
+
+    patches: Grid
+    tokens: int
+    span: int
+    frames: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vision:
     """One picture on the vision side, in FLOPs (2 x multiply-adds of every matrix product that runs).
 

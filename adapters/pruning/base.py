@@ -13,6 +13,7 @@ from vlmfast.adapter import Adapter
 from vlmfast.families import Family, Positions, Tower
 from vlmfast.inputs import Door
 from vlmfast.patching import ImageReport, Patch
+from vlmfast.towers import Picture
 from vlmfast.visual import Choice, Score, View, VisualTokens, apportion, budget, check_keep, is_video
 
 
@@ -82,6 +83,17 @@ class Pruner(Adapter):
         shares = apportion(budget(self.keep, len(visual)), [len(view) for view in visual.views])
         parts = [view.index.to(visual.features.device)[choose(view, k)] for view, k in zip(visual.views, shares) if k]
         return torch.cat(parts)
+
+    def kept_of(self, picture: Picture) -> int:
+        """Visual tokens that stay of a picture of this size: `keep`, unless the method promises more to some."""
+        whole = picture.frames == 1 and "image" not in self.modalities
+        return picture.tokens if whole else budget(self.keep, picture.tokens)
+
+    def visual_per_layer(self, picture: Picture, depth: int) -> Sequence[int]:
+        """The same in every layer. Newlines go as soon as a token goes, unless the method keeps them."""
+        kept = self.kept_of(picture)
+        newlines = picture.span - picture.tokens if self.keeps_newlines or kept == picture.tokens else 0
+        return [kept + newlines] * depth
 
     def attach(self, patch: Patch) -> None:
         """Install door 1. Two pruners would each rewrite what the other rewrote: refused."""

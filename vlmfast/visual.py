@@ -198,6 +198,12 @@ def top(scores: Tensor, k: int) -> Tensor:
     return scores.float().sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def unit(features: Tensor) -> Tensor:
+    """Features of length one, fp32; those of length zero stay zero: orthogonal to all. [..., D]"""
+    features = features.float()
+    return features / features.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def canvas_order(
     crops: tuple[int, int], side: int, image_size: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:

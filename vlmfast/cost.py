@@ -42,7 +42,8 @@ NOMINAL_GRID = (1, 72, 72)  # patches (t, h, w) assumed for a model that takes a
 NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
 
 # For how many rows of the attention map a statistic recomputes q k^T; None: all of them.
-SCORE_ROWS = {"cls_row": 1, "last_row": 1, "column_mean": None, "row_mean": None, "key": 0, "hidden": 0}
+SCORE_ROWS = {"cls_row": 1, "last_row": 1, "column_mean": None, "row_mean": None}
+SCORE_ROWS |= {"key": 0, "hidden": 0, "cls_hidden": 0}  # no attention
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from vlmfast.patching import HANDLE, Patch, unwrap
 from vlmfast.visual import Choice, Score, VisualTokens
 
 IMAGES = "vlmfast_images"  # on an encoder output: its VisualTokens
+OUTPUTS = ("hidden", "cls_hidden")  # statistics of a block's output rather than of its attention
 
 
 class Selector(Protocol):
@@ -60,8 +61,8 @@ class PictureEncoder:
         self.places: dict[Score, nn.Module] = {}
         for score in self.scores:
             block = blocks[score.layer]
-            self.places[score] = block if score.kind == "hidden" else self.family.attention_module(block)
-        hidden = [module for score, module in self.places.items() if score.kind == "hidden"]
+            self.places[score] = block if score.kind in OUTPUTS else self.family.attention_module(block)
+        hidden = [module for score, module in self.places.items() if score.kind in OUTPUTS]
         tap(patch, [module for module in dict.fromkeys(self.places.values()) if module not in hidden])
         for module in dict.fromkeys(hidden):
             if _take_hidden not in module._forward_hooks.values():  # images and videos may share a tower
@@ -102,8 +103,11 @@ def _take_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return
     hidden = (output[0] if isinstance(output, tuple) else output).detach().float()
     for score in taps.wanted.get(id(module), ()):
-        if score.kind == "hidden":
-            taps.collected.setdefault(score, []).append(hidden if hidden.ndim == 3 else hidden[None])
+        if score.kind in OUTPUTS:
+            vectors = hidden if hidden.ndim == 3 else hidden[None]
+            if score.kind == "cls_hidden":
+                vectors = vectors[:, :1].expand_as(vectors)
+            taps.collected.setdefault(score, []).append(vectors)
 
 
 def encode_images(model: Any, methods: Sequence[Any], *, modality: str = "image", **inputs: Any) -> list[VisualTokens]:

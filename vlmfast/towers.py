@@ -37,7 +37,7 @@ class Tower:
                 f"layer {score.layer} of this vision tower attends inside windows, so its scores do not compare "
                 f"between windows; layers with full attention: {', '.join(map(str, self.full_layers))}"
             )
-        if score.kind == "cls_row" and not self.has_cls:
+        if score.kind in ("cls_row", "cls_hidden") and not self.has_cls:
             raise ValueError("this vision tower has no CLS token")
 
     def nearest_full_layer(self, share: float) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ScoreKind = Literal["cls_row", "last_row", "column_mean", "row_mean", "key", "hidden"]
+ScoreKind = Literal["cls_row", "last_row", "column_mean", "row_mean", "key", "hidden", "cls_hidden"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class Score:
     layer: 0-based index of the block. Negative values are not allowed: a score is a key of dictionaries.
     kind: of the attention, averaged over heads: `cls_row` the row of the CLS query; `last_row` the row of the last
         query; `column_mean` the mean over queries, that is the attention a key receives; `row_mean` the mean over
-        keys, per query. Vectors: `key` the head-mean of the keys [d]; `hidden` the block's output [C].
+        keys, per query. Vectors: `key` the head-mean of the keys [d]; `hidden` the block's output [C]; `cls_hidden`
+        that of the CLS token, the same for every token of a view [C].
     softmax: statistics of softmax(q k^T / sqrt(d)); False: of the scaled logits before the softmax.
     patches: queries and keys of the mean are patches alone, CLS is left out (the softmax still runs over all keys).
     """
@@ -32,7 +33,7 @@ class Score:
     @property
     def vector(self) -> bool:
         """Whether the statistic is a vector per token, which costs no attention."""
-        return self.kind in ("key", "hidden")
+        return self.kind in ("key", "hidden", "cls_hidden")
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,9 @@ def save_overlay(picture: Image.Image, outcomes: Sequence[Outcome], path: Path) 
     font = ImageFont.load_default(size=16)
     panels = []
     for outcome in outcomes:
-        drawn = overlay(picture, outcome.report.kept[0].tolist(), outcome.report.grids[0])
-        panels.append((f"{outcome.spec}: {len(outcome.report.kept[0])} of {outcome.report.images[0].n}", drawn))
+        seen = outcome.report.images[0]
+        drawn = overlay(picture, seen.indices.tolist(), seen.grid, seen.views)
+        panels.append((f"{outcome.spec}: {seen.kept} of {seen.n}", drawn))
     gap, head, columns = 16, 28, min(3, len(panels))
     width = max(max(drawn.width, round(font.getlength(title))) for title, drawn in panels) + gap
     height = panels[0][1].height + head + gap

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlmfast.visual import View
+
 Grid = Sequence[int]  # (t, h, w) of merged tokens
 
 LEFT_OVER = 0.2  # share of a dropped cell's own colour that is left
@@ -47,22 +49,56 @@ def dropped_path(kept: Sequence[int], grid: Grid) -> str:
     return "".join(f"M{column} {row}h{length}v1h-{length}z" for row, column, length in dropped_runs(kept, grid))
 
 
-def overlay(image: Image.Image | np.ndarray, kept: Sequence[int], grid: Grid) -> Image.Image:
+def overlay(
+    image: Image.Image | np.ndarray, kept: Sequence[int], grid: Grid, views: Sequence[View] = ()
+) -> Image.Image:
     """Draw the cells of kept tokens as they are and those of dropped tokens greyed out.
 
     ``image``: the picture as the model sees it (see ``visible``), Pillow or uint8 [H, W, 3]; ``kept``: indices into
-    the h x w tokens; ``grid``: (1, h, w). The longer side becomes 480 to 1200 pixels, by a whole factor if it grows.
+    its tokens; ``grid``: (1, h, w). ``views``: where the picture went in as several parts (a thumbnail and crops),
+    those; a place is then as bright as the share of the parts showing it that keep it. The longer side becomes 480 to
+    1200 pixels, by a whole factor if it grows.
     """
-    mask = kept_mask(kept, grid)
     picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
     factor = max(1, -(-SMALLEST_SIDE // max(picture.size)))
     picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
     picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     pixels = np.asarray(picture, dtype=np.float32)
-    rows = np.minimum(np.arange(picture.height) * mask.shape[0] // picture.height, mask.shape[0] - 1)
-    columns = np.minimum(np.arange(picture.width) * mask.shape[1] // picture.width, mask.shape[1] - 1)
-    bright = mask[rows[:, None], columns[None, :], None]  # [H, W, 1]
-    return Image.fromarray(np.where(bright, pixels, LEFT_OVER * pixels + (1 - LEFT_OVER) * GREY).astype(np.uint8))
+    if len(views) > 1:
+        bright = brightness(kept, views, (picture.height, picture.width))
+    else:
+        bright = paint(kept_mask(kept, grid), (picture.height, picture.width))
+    left = LEFT_OVER + (1 - LEFT_OVER) * bright[..., None]
+    return Image.fromarray((left * pixels + (1 - left) * GREY).astype(np.uint8))
+
+
+def paint(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A mask [h, w] stretched over ``size`` pixels (height, width). -> float32 [height, width], 0 or 1"""
+    height, width = size
+    rows = np.minimum(np.arange(height) * mask.shape[0] // height, mask.shape[0] - 1)
+    columns = np.minimum(np.arange(width) * mask.shape[1] // width, mask.shape[1] - 1)
+    return mask[rows[:, None], columns[None, :]].astype(np.float32)
+
+
+def brightness(kept: Sequence[int], views: Sequence[View], size: tuple[int, int]) -> np.ndarray:
+    """At every pixel the share of the views showing it that keep it. -> float32 [height, width]
+
+    ValueError for frames of a video, which are not one picture.
+    """
+    if any(view.kind == "frame" for view in views):
+        raise ValueError("an overlay shows one picture, not the frames of a video")
+    height, width = size
+    shown, keeping = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.float32)
+    stays = set(kept)
+    for view in views:
+        mask = np.array([index in stays for index in view.index.tolist()]).reshape(view.grid)
+        top, bottom = round(view.region[0] * height), round(view.region[2] * height)
+        left, right = round(view.region[1] * width), round(view.region[3] * width)
+        if bottom <= top or right <= left or mask.size == 0:
+            continue
+        shown[top:bottom, left:right] += 1
+        keeping[top:bottom, left:right] += paint(mask, (bottom - top, right - left))
+    return keeping / np.maximum(shown, 1)
 
 
 def visible(image: Image.Image, image_processor: Any) -> Image.Image:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -20,6 +21,7 @@ from vlmfast.eval.report.table import notes, print_tables
 from vlmfast.eval.results import Metric, Result, TaskResult, load_results
 from vlmfast.eval.tasks import TASKS as TASKS_BY_NAME
 from vlmfast.eval.tasks import task_hash
+from vlmfast.visual import View
 
 TASKS = {
     "existence": "accuracy",
@@ -491,6 +493,23 @@ class TestOverlay:
 
     def test_large_pictures_shrink(self):
         assert max(overlay.overlay(Image.new("RGB", (4000, 3000)), [0], (1, 2, 2)).size) == 1200
+
+    def test_several_views_share_the_brightness(self):
+        """A thumbnail over all of it and a crop on the right half: a place is as bright as the views that keep it."""
+        thumbnail = View(torch.arange(4), (2, 2), "thumbnail")
+        crop = View(torch.arange(4, 8), (2, 2), "crop", (0, 1), (0.0, 0.5, 1.0, 1.0))
+        bright = overlay.brightness([0, 1, 5, 7], (thumbnail, crop), (4, 8))
+        expected = np.zeros((4, 8))
+        expected[:2, :4] = 1  # only the thumbnail shows it, and keeps it
+        expected[:2, 4:] = 0.5
+        expected[:, 6:] += 0.5
+        assert (bright == expected).all()
+        drawn = np.asarray(
+            overlay.overlay(np.full((4, 8, 3), 255, np.uint8), [0, 1, 5, 7], (1, 1, 8), (thumbnail, crop))
+        )
+        assert drawn[0, 0, 0] == 255 > drawn[0, 300, 0] > drawn[-1, 0, 0]
+        with pytest.raises(ValueError, match="frames of a video"):
+            overlay.brightness([0], (View(torch.arange(4), (2, 2), "frame"),), (4, 4))
 
     def test_wrong_input(self):
         with pytest.raises(ValueError, match="0 to 8"):

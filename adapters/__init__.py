@@ -14,10 +14,12 @@ from typing import Any
 
 from vlmfast.adapter import Adapter
 from vlmfast.adapters.pruning.base import Pruner
+from vlmfast.adapters.pruning.evs import EVS
 from vlmfast.adapters.pruning.fastervlm import FasterVLM
 from vlmfast.adapters.pruning.grid import Grid
 from vlmfast.adapters.pruning.hiprune import HiPrune
 from vlmfast.adapters.pruning.random import Random
+from vlmfast.adapters.pruning.vidcom2 import VidCom2
 from vlmfast.cost import solve_keep
 from vlmfast.families import FAMILIES, did_you_mean, family_of
 from vlmfast.patching import unwrap
@@ -25,11 +27,13 @@ from vlmfast.patching import unwrap
 __all__ = [
     "ADAPTERS",
     "DEFAULTS",
+    "EVS",
     "FasterVLM",
     "Grid",
     "HiPrune",
     "Random",
     "Support",
+    "VidCom2",
     "from_spec",
     "resolve",
     "solve_flops",
@@ -39,10 +43,12 @@ __all__ = [
 ]
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "evs": EVS,
     "fastervlm": FasterVLM,
     "grid": Grid,
     "hiprune": HiPrune,
     "random": Random,
+    "vidcom2": VidCom2,
 }
 
 # What `vlmfast.patch(model)` does, by family.

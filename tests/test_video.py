@@ -1,0 +1,249 @@
+"""Videos: the methods made for them against plain loops, and what every method promises where there are videos."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from vlmfast.adapters.pruning.evs import EVS
+from vlmfast.adapters.pruning.vidcom2 import VidCom2, split
+from vlmfast.visual import View, VisualTokens, frame_index, is_video
+
+
+def video(t: int, h: int, w: int, width: int = 8, seed: int = 0, features: torch.Tensor | None = None) -> VisualTokens:
+    """A video of t frames of h x w tokens."""
+    if features is None:
+        features = torch.randn(t * h * w, width, generator=torch.Generator().manual_seed(seed))
+    return VisualTokens(features, (t, h, w), h * w)
+
+
+def pooled(t: int, h: int, w: int, width: int = 8, seed: int = 0) -> VisualTokens:
+    """A video with a newline after every frame."""
+    one = video(t, h, w, width, seed)
+    slots = torch.arange(t * (h * w + 1)).view(t, -1)[:, :-1].flatten()
+    return VisualTokens(
+        one.features, one.grid, h * w, slots=slots, span=t * (h * w + 1), newline=torch.full((width,), 9.0)
+    )
+
+
+# --- frames ------------------------------------------------------------------------------------------------------
+
+
+def test_frames_of_a_video():
+    assert frame_index(video(3, 2, 2).views).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert not is_video(video(1, 2, 2).views)
+    assert not is_video([View(torch.arange(4), (2, 2), "crop"), View(torch.arange(4), (2, 2), "crop")])
+    with pytest.raises(ValueError, match="two frames or more is needed, got 0"):
+        frame_index(video(1, 2, 2).views)
+    uneven = [View(torch.arange(4), (2, 2), "frame"), View(torch.arange(6), (2, 3), "frame")]
+    with pytest.raises(ValueError, match="different sizes: 4, 6 tokens"):
+        frame_index(uneven)
+
+
+def test_frames_in_any_order_of_the_prompt():
+    """Views may interleave: methods go by their indices, not by where tokens stand."""
+    plain = video(3, 2, 2, seed=3)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    place = order.argsort()
+    views = tuple(View(place[view.index], view.grid, "frame", view.cell) for view in plain.views)
+    mixed = VisualTokens(plain.features[order], (1, 1, 12), 4, views=views)
+    for method in (EVS(keep=7), VidCom2(keep=7)):
+        assert sorted(order[method.choose(mixed).kept].tolist()) == method.choose(plain).kept.tolist()
+
+
+# --- EVS ---------------------------------------------------------------------------------------------------------
+
+
+def evs_in_loops(features, t, n, k):
+    """Kept tokens, ascending; dissimilarities rounded so that rounding errors do not order equal ones."""
+    rows = features.double()
+    dissimilarity = []
+    for frame in range(1, t):
+        for j in range(n):
+            now, before = rows[frame * n + j], rows[(frame - 1) * n + j]
+            cosine = float(now @ before) / (float(now.norm()) * float(before.norm()))
+            dissimilarity.append((-round(1 - cosine, 6), frame * n + j))
+    later = sorted(dissimilarity)[: max(0, k - n)]
+    return sorted([*range(n), *(j for _, j in later)])
+
+
+@pytest.mark.parametrize(("t", "h", "w", "keep"), [(4, 3, 5, 0.4), (2, 3, 3, 0.75), (6, 2, 2, 11), (3, 1, 4, 1.0)])
+def test_evs_in_loops(t, h, w, keep):
+    one = video(t, h, w, seed=t)
+    k = keep if isinstance(keep, int) else round(keep * t * h * w)
+    assert EVS(keep=keep).choose(one).kept.tolist() == evs_in_loops(one.features, t, h * w, k)
+
+
+def test_evs_keeps_the_first_frame_whole_even_above_the_budget():
+    one = video(5, 2, 4)
+    for keep in (1, 7, 0.1):
+        assert EVS(keep=keep).choose(one).kept.tolist() == list(range(8))
+    assert EVS(keep=8).choose(one).kept.tolist() == list(range(8))
+
+
+def test_evs_keeps_what_changed():
+    """A still background, one place that changes in frame 2 and stays changed."""
+    frame = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    changed = frame.clone()
+    changed[4] = -changed[4]
+    one = video(4, 2, 3, features=torch.cat([frame, frame, changed, changed]))
+    assert EVS(keep=7).choose(one).kept.tolist() == [*range(6), 2 * 6 + 4]
+
+
+def test_evs_on_frames_that_never_change_goes_by_index():
+    frame = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * 100
+    one = video(4, 2, 3, features=frame.repeat(4, 1))
+    assert EVS(keep=10).choose(one).kept.tolist() == list(range(10))
+
+
+# --- VidCom2 -----------------------------------------------------------------------------------------------------
+
+
+def vidcom2_in_loops(features, t, n, ratio):
+    """The official choice in plain loops: (shares of the frames before rounding, scores [t][n], kept)."""
+    rows = [[float(x) for x in row] for row in features.double()]
+    width = len(rows[0])
+    variance = []
+    for c in range(width):
+        mean = sum(row[c] for row in rows) / len(rows)
+        variance.append((sum((row[c] - mean) ** 2 for row in rows) / len(rows), c))
+    channels = [c for _, c in sorted(variance)[: width // 2]]
+    units = []
+    for row in rows:
+        part = [row[c] for c in channels]
+        norm = math.sqrt(sum(x * x for x in part))
+        units.append([x / norm for x in part])
+
+    def mean_of(indices):
+        return [sum(units[i][c] for i in indices) / len(indices) for c in range(len(channels))]
+
+    def gaussian(x, centre):
+        distance = sum((a - b) ** 2 for a, b in zip(x, centre))
+        return sum(math.exp(-distance / (2 * 2.0**power)) for power in range(-3, 2))
+
+    whole = mean_of(range(t * n))
+    to_video, total = [], []
+    for frame in range(t):
+        own = range(frame * n, frame * n + n)
+        centre = mean_of(own)
+        to_video.append([gaussian(units[i], whole) for i in own])
+        total.append([gaussian(units[i], whole) + gaussian(units[i], centre) for i in own])
+    logits = [-sum(row) / n / 0.01 for row in to_video]
+    powers = [math.exp(value - max(logits)) for value in logits]
+    p = [value / sum(powers) for value in powers]
+    share = [min(1.0, ratio * (1 + value - sum(p) / t)) for value in p]
+    kept = []
+    for frame in range(t):
+        k = max(1, round(share[frame] * n))
+        kept += sorted(frame * n + j for _, j in sorted((total[frame][j], j) for j in range(n))[:k])
+    return share, total, kept
+
+
+@pytest.mark.parametrize(("t", "h", "w", "keep"), [(4, 3, 5, 0.4), (2, 3, 3, 0.75), (8, 2, 2, 0.25), (3, 1, 4, 0.9)])
+def test_vidcom2_in_loops(t, h, w, keep):
+    n = h * w
+    one = video(t, h, w, width=10, seed=t + 1)
+    _, _, official = vidcom2_in_loops(one.features, t, n, keep)
+    assert VidCom2(keep=keep, parity="official").choose(one).kept.tolist() == official
+    k = round(keep * t * n)
+    share, total, _ = vidcom2_in_loops(one.features, t, n, k / (t * n))
+    kept = VidCom2(keep=keep).choose(one).kept.tolist()
+    assert len(kept) == k
+    for frame in range(t):
+        mine = [j - frame * n for j in kept if frame * n <= j < frame * n + n]
+        assert mine == sorted(sorted(range(n), key=lambda j: (total[frame][j], j))[: len(mine)])
+        if max(share) < 1:  # no limit is reached: what is kept is the share up to rounding
+            assert abs(len(mine) - share[frame] * n) < 1
+
+
+def test_vidcom2_official_drifts_and_repaired_does_not():
+    one = video(8, 3, 3, width=10, seed=5)
+    assert len(VidCom2(keep=0.05, parity="official").choose(one).kept) == 8  # at least one a frame
+    assert len(VidCom2(keep=0.05).choose(one).kept) == 4
+    assert len(VidCom2(keep=9).choose(one).kept) == 9
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "k", "expected"),
+    [
+        ([0.5, 0.5], 4, 4, [2, 2]),
+        ([1.0, 1.0, 1.0], 4, 4, [2, 1, 1]),
+        ([1.0, 0.2, 0.2], 10, 14, [10, 2, 2]),  # a full frame leaves the rest to the others
+        ([1.0, 0.2, 0.2], 10, 20, [10, 5, 5]),
+        ([0.9, 0.01, 0.01], 10, 6, [4, 1, 1]),
+        ([0.9, 0.2, 0.01], 10, 2, [2, 0, 0]),  # fewer tokens than frames
+        ([0.3, 0.2, 0.1], 5, 15, [5, 5, 5]),
+        ([0.3, 0.2, 0.1], 5, 14, [5, 5, 4]),
+        ([1.0, 1.0, 1.0, 1.0], 3, 1, [1, 0, 0, 0]),
+    ],
+)
+def test_a_budget_split_over_frames(share, n, k, expected):
+    assert split(torch.tensor(share), n, k).tolist() == expected
+
+
+def test_every_budget_is_met_exactly():
+    generator = torch.Generator().manual_seed(0)
+    for t, n in ((2, 5), (5, 7), (9, 3)):
+        share = torch.rand(t, generator=generator) + 1e-4
+        for k in range(1, t * n + 1):
+            counts = split(share, n, k)
+            assert int(counts.sum()) == k
+            assert int(counts.max()) <= n and int(counts.min()) >= (1 if k >= t else 0)
+
+
+def test_vidcom2_gives_more_to_a_frame_that_stands_out():
+    generator = torch.Generator().manual_seed(0)
+    frame = torch.randn(12, 8, generator=generator)
+    odd = torch.randn(12, 8, generator=generator) * 5
+    one = video(4, 3, 4, features=torch.cat([frame, frame, odd, frame]))
+    counts = torch.bincount(VidCom2(keep=0.25).choose(one).kept // 12, minlength=4)
+    assert counts.argmax() == 2
+
+
+# --- both --------------------------------------------------------------------------------------------------------
+
+
+METHODS = [EVS(keep=0.5), VidCom2(keep=0.5), VidCom2(keep=0.5, parity="official")]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_constant_and_empty_videos_give_distinct_tokens(method):
+    for features in (torch.ones(24, 8), torch.zeros(24, 8), torch.ones(24, 8, dtype=torch.bfloat16)):
+        kept = method.choose(video(4, 2, 3, features=features)).kept.tolist()
+        assert kept == sorted(set(kept)) and len(kept) == 12
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_images_and_single_frames_stay_whole(method):
+    image = video(1, 3, 4)
+    crops = VisualTokens(
+        image.features,
+        (1, 1, 12),
+        6,
+        views=tuple(View(torch.arange(6) + 6 * i, (2, 3), "crop", (0, i)) for i in range(2)),
+    )
+    single = VisualTokens(image.features, (1, 3, 4), 12, views=(View(torch.arange(12), (3, 4), "frame"),))
+    for one in (image, crops, single):
+        assert method.choose(one).kept.tolist() == list(range(12))
+        assert type(method)(keep=500).choose(one).kept.tolist() == list(range(12)), "a budget for videos"
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_newlines_do_not_count(method):
+    plain, lined = video(3, 2, 4, seed=2), pooled(3, 2, 4, seed=2)
+    assert torch.equal(method.choose(plain).kept, method.choose(lined).kept)
+
+
+@pytest.mark.parametrize("method", [EVS, VidCom2])
+def test_budgets_that_do_not_fit(method):
+    with pytest.raises(ValueError, match="has only 24"):
+        method(keep=25).choose(video(4, 2, 3))
+    with pytest.raises(ValueError, match=r"float in \(0, 1\]"):
+        method(keep=0.0)
+
+
+def test_vidcom2_settings():
+    with pytest.raises(ValueError, match="choose 'repaired' or 'official'"):
+        VidCom2(parity="theirs")

@@ -416,7 +416,7 @@ def test_unpatchable_things(vlm):
     llama = LlamaForCausalLM(
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     )
-    with pytest.raises(NotImplementedError, match="supported: llava, qwen2_5_vl"):
+    with pytest.raises(NotImplementedError, match="supported: llava, .*qwen2_5_vl"):
         vlmfast.patch(llama, METHOD)
 
 
@@ -495,7 +495,7 @@ def test_what_cannot_work_says_so(vlm):
                 vlm.model(**bare)
             with pytest.raises(ValueError, match="mm_token_type_ids"):
                 greedy(vlm.model, bare)
-            with pytest.raises(NotImplementedError, match="videos"):
+            with pytest.raises(ValueError, match="video_grid_thw is missing"):
                 vlm.model(**inputs, pixel_values_videos=torch.zeros(16, 96))
 
 

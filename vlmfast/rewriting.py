@@ -121,27 +121,32 @@ def rows_of_images(places: Sequence[int], sizes: Sequence[int]) -> list[tuple[in
 def compact(positions: Tensor, keep: Tensor, selected: Sequence[Selected]) -> tuple[Tensor, Tensor]:
     """Renumber without gaps. -> (positions, shift [B]: how far the text after the images moved)
 
-    One axis: a position falls by the number of tokens dropped before it. M-RoPE: inside an image, the distinct
-    values of each axis are numbered densely; what follows starts after the largest of them.
+    One axis: a position falls by the number of tokens dropped before it. M-RoPE: inside a picture, or a run of it (a
+    frame between its times), the k-th distinct value left on an axis becomes the k-th there was: rows and columns
+    close up, and frames keep the distance in time that frames have. What follows starts after the larger side that is
+    left, as transformers has it: the time axis never moves the text.
     """
     if positions.ndim == 2:
         gone = (~keep).long().cumsum(1)
         return positions - gone, gone[:, -1]
     positions = positions.clone()
     axes = positions[-3:]
+    sides = axes[1:]
     shift = torch.zeros(keep.shape[0], dtype=torch.long, device=keep.device)
     for one in selected:
         row, stays = one.row, torch.zeros_like(one.columns, dtype=torch.bool)
         stays[one.stays().to(stays.device)] = True
         breaks = (one.columns.diff() != 1).nonzero().flatten().add(1).tolist()
         bounds = [0, *breaks, len(one.columns)]
-        for begin, stop in zip(bounds[:-1], bounds[1:]):  # a video may stand in several runs, one a frame
-            columns, image = one.columns[begin:stop], one.columns[begin:stop][stays[begin:stop]]
-            first = axes[:, row, columns].min()
-            end = axes[:, row, columns].max() + 1
-            for axis in axes:
-                axis[row, image] = first + axis[row, image].unique(return_inverse=True)[1]
-            last = axes[:, row, image].max() + 1 if len(image) else first
+        for begin, stop in zip(bounds[:-1], bounds[1:]):
+            columns, left = one.columns[begin:stop], one.columns[begin:stop][stays[begin:stop]]
+            end = sides[:, row, columns].max() + 1
+            last = sides[:, row, columns].min()
+            if len(left):
+                for axis in axes:
+                    values = axis[row, columns].unique()
+                    axis[row, left] = values[axis[row, left].unique(return_inverse=True)[1]]
+                last = sides[:, row, left].max() + 1
             axes[:, row, columns[-1] + 1 :] -= end - last
             shift[row] += end - last
     if len(positions) == 4:  # the text row, which numbers the sequence itself

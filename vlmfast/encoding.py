@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -45,6 +45,15 @@ def source_of(family: Family, modality: str) -> Source:
     return family.sources[modality]
 
 
+def renamed(inputs: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """The inputs with the pixels under the name that the source knows."""
+    known = dict(inputs)
+    for alias in source.aliases:
+        if known.get(alias) is not None and known.get(source.pixels) is None:
+            known[source.pixels] = known.pop(alias)
+    return known
+
+
 class PictureEncoder:
     """Stands for the base model's `get_image_features` or `get_video_features`: attaches the VisualTokens."""
 
@@ -76,7 +85,7 @@ class PictureEncoder:
         for score, module in self.places.items():
             wanted.setdefault(id(module), []).append(score)
         taps = Taps(wanted)
-        inputs = inspect.signature(self.original).bind(*args, **kwargs).arguments
+        inputs = renamed(inspect.signature(self.original).bind(*args, **kwargs).arguments, self.source)
         missing = [name for name in self.source.needs if inputs.get(name) is None]
         if missing:
             raise ValueError(f"{missing[0]} is missing beside {self.source.pixels}: pass all the processor returns")
@@ -89,7 +98,7 @@ class PictureEncoder:
         if isinstance(output, tuple):  # return_dict=False: nowhere to attach anything
             return output
         visuals = self.source.layout(Encoded(self.tower, self.config, inputs, output, taps.collected))
-        if self.family.projector is not None:
+        if self.family.projector is not None and self.tower.layers == 1:
             project = follow(self.base, self.family.projector)
             visuals = [dataclasses.replace(visual, project=project) for visual in visuals]
         setattr(output, IMAGES, visuals)

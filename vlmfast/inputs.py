@@ -24,7 +24,7 @@ from transformers import Cache
 
 from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.cost import prompt_cost
-from vlmfast.encoding import IMAGES, PictureEncoder, Selector
+from vlmfast.encoding import IMAGES, PictureEncoder, Selector, renamed
 from vlmfast.families import Family, Positions
 from vlmfast.patching import HANDLE, ImageReport, Patch, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
@@ -76,6 +76,8 @@ class Door:
             kwargs = {name: value for name, value in kwargs.items() if name != DONE}
             return args, kwargs
         kwargs = {**dict(zip(self.names, args)), **kwargs}
+        for source in self.family.sources.values():
+            kwargs = renamed(kwargs, source)
         cache = kwargs.get("past_key_values")
         self.check_pictures(kwargs)
         pictures = self._pictures(kwargs)

@@ -18,6 +18,7 @@ class Tower:
     full_layers: blocks whose attention spans the whole view (the others have windows: their scores do not compare).
     has_cls: token 0 of the tower is CLS and leaves before the projector.
     merge: patches per side of a visual token; window: visual tokens per side of an attention window, 0 without.
+    layers: blocks whose outputs, side by side, are what the projector takes; `feature_layer` is the deepest.
     """
 
     depth: int
@@ -27,6 +28,7 @@ class Tower:
     has_cls: bool
     merge: int = 1
     window: int = 0
+    layers: int = 1
 
     def check(self, score: Score) -> None:
         """Raise ValueError when this tower cannot give the statistic."""

@@ -70,7 +70,7 @@ class VisualTokens:
     views: its parts; none given: one view of the whole grid, or one a frame where t > 1.
     patches: (t, h, w) in patches before merging, of all views together: what the tower had to do.
     slots: [N] the tokens' places among the picture's placeholders, ascending; None: all of them. Other places hold
-        `newline` [D].
+        `newline` [D], or [span - N, D] where each holds something of its own, such as the CLS token of its frame.
     span: number of placeholders, N where there are no newlines.
     deepstack: [N, D] for each decoder layer that adds features of its own.
     text: [T, D] input embeddings of the question, for methods that ask for it (`uses_text`).
@@ -107,8 +107,11 @@ class VisualTokens:
             return features
         if self.newline is None:
             raise ValueError("placeholders without a token need `newline`")
-        whole = self.newline.to(features).expand(self.span, -1).clone()
-        whole[self.slots.to(features.device)] = features
+        whole, slots = features.new_empty(self.span, features.shape[-1]), self.slots.to(features.device)
+        other = torch.ones(self.span, dtype=torch.bool, device=features.device)
+        other[slots] = False
+        whole[slots] = features
+        whole[other] = self.newline.to(features).expand(self.span - len(self), -1)
         return whole
 
 

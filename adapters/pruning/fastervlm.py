@@ -4,10 +4,11 @@ Paper: [CLS] Attention is All You Need for Training-Free Visual Token Pruning (Z
 Code:  https://github.com/Theia-4869/FasterVLM (f5d5f12; video branch eca4cd5)
 
     s_j = mean_h softmax(q_CLS k_j / sqrt(d))      in the layer whose output becomes the features
-    keep the `keep` largest, in raster order       (per view; per frame)
+    keep the `keep` largest, in raster order       (per view: thumbnail, crop, frame)
 
 Shapes: CLS row [H, N] -> s [N] -> kept [budget].
 
+Every view gets its share of the budget by its size: the authors' same number for each where views have one size.
 Differs from the authors' code: the row is computed in fp32 (theirs: the tower's fp16); equal scores go by index.
 Towers without CLS: theirs has no such path. `fallback="received"` uses the attention received from all patches, as
 the authors advise (VisPruner issue 1); without it such a tower is refused.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
 from vlmfast.families import Family, Tower
-from vlmfast.visual import Score, VisualTokens, budget, top
+from vlmfast.visual import Score, VisualTokens, top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,5 +61,6 @@ class FasterVLM(Pruner):
         return () if tower.has_cls else ("fastervlm: no CLS in this tower, attention received from all patches used",)
 
     def select(self, visual: VisualTokens) -> Tensor:
-        """[N] scores -> kept [budget]."""
-        return top(visual.scores["attention"], budget(self.keep, len(visual)))
+        """[N] scores -> kept [budget], view by view."""
+        scores = visual.scores["attention"]
+        return self.per_view(visual, lambda view, k: top(scores[view.index.to(scores.device)], k))

@@ -5,7 +5,8 @@ Code:  none.
 
     the coarsest regular sub-grid with at least `keep` points, thinned evenly along the raster to exactly `keep`
 
-Rows and columns are the centres of equal cells, so that no border is favoured.
+A picture of several views (thumbnail, crops, frames) has such a grid in each, with its share of the budget. Rows and
+columns are the centres of equal cells, so that no border is favoured.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
-from vlmfast.visual import VisualTokens, budget
+from vlmfast.visual import VisualTokens
 
 
 def even_grid(rows: int, columns: int, k: int) -> Tensor:
@@ -44,6 +45,5 @@ class Grid(Pruner):
     paper = "arXiv:2412.01818"
 
     def select(self, visual: VisualTokens) -> Tensor:
-        """Even grid over (t * h) rows and w columns. -> [budget]"""
-        t, h, w = visual.grid
-        return even_grid(t * h, w, budget(self.keep, len(visual))).to(visual.features.device)
+        """An even grid over the rows and columns of every view. -> [budget]"""
+        return self.per_view(visual, lambda view, k: even_grid(*view.grid, k).to(visual.features.device))

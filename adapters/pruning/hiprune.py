@@ -9,7 +9,8 @@ Code:  https://github.com/Danielement321/HiPrune (6e83a12)
     registers = top K - |anchors + buffers| of d among the rest
 
 Shapes: o, d [N] -> kept [K]. Layers: object 9 of 24 (CLIP-L) or 16 of 32 (Qwen2.5-VL), 1-based, scaled to the depth
-of other towers; deep: the layer that gives the features.
+of other towers; deep: the layer that gives the features. Thumbnail, crops and frames are chosen from one by one, each
+with its share of the budget by size and with neighbours on its own grid.
 
 Differs from the authors' code (`parity="official"` has all of it back):
 - neighbours are those on the grid; theirs are index +-1, +-W, which wrap to the other end of a row, clamped to
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
 from vlmfast.families import Tower
-from vlmfast.visual import Score, VisualTokens, budget, top
+from vlmfast.visual import Score, View, VisualTokens, top
 
 
 @dataclass(frozen=True)
@@ -107,17 +108,15 @@ class HiPrune(Pruner):
         return {"objects": objects, "deep": Score(tower.feature_layer, "column_mean")}
 
     def select(self, visual: VisualTokens) -> Tensor:
-        """Object and deep scores [N] -> kept [budget]."""
+        """Object and deep scores [N] -> kept [budget], view by view."""
         # The official Qwen code sums over queries where the CLIP one averages, which matters to its "- 1" alone.
-        has_cls = visual.queries == len(visual) + 1
-        scale = 1 if has_cls else visual.queries
-        t, h, w = visual.grid
-        choice = hierarchical(
-            visual.scores["objects"] * scale,
-            visual.scores["deep"] * scale,
-            budget(self.keep, len(visual)),
-            self.alpha,
-            (t * h, w),
-            self.parity == "official",
-        )
-        return choice.kept
+        patches = visual.patches[1] * visual.patches[2] or len(visual.views[0])
+        scale = 1 if visual.queries == patches + 1 else visual.queries
+        objects, deep = visual.scores["objects"] * scale, visual.scores["deep"] * scale
+        official = self.parity == "official"
+
+        def choose(view: View, k: int) -> Tensor:
+            index = view.index.to(objects.device)
+            return hierarchical(objects[index], deep[index], k, self.alpha, view.grid, official).kept
+
+        return self.per_view(visual, choose)

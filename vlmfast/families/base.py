@@ -40,9 +40,9 @@ class Source:
     layout: turns a pass into one VisualTokens a picture, in the order of the placeholders.
     token: attribute of the config with the placeholder's id. pixels: the forward's argument that holds the pictures.
     encode: method of the base model. container: what the model takes `pooler_output` as ("list" of one tensor a
-    picture, or one "tensor"). blocks: of a tower of its own, None: the family's. needs: arguments that must come with
-    the pixels. packed: (config, inputs) -> tower tokens of each picture, for a tower that sees all pictures of a call
-    as one sequence with a mask between them.
+    picture, or one "tensor"). blocks, vision: a tower and a cost of its own, None: the family's. aliases: older names
+    of `pixels`. needs: arguments that must come with the pixels. packed: (config, inputs) -> tower tokens of each
+    picture, for a tower that sees all pictures of a call as one sequence with a mask between them.
     """
 
     layout: Callable[[Encoded], list[VisualTokens]]
@@ -51,6 +51,8 @@ class Source:
     encode: str = "get_image_features"
     container: Literal["list", "tensor"] = "list"
     blocks: tuple[str, ...] | None = None
+    vision: Callable[[Any, Grid], Vision] | None = None
+    aliases: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     packed: Callable[[Any, Mapping[str, Any]], list[int]] | None = None
 
@@ -121,6 +123,17 @@ def window_to_raster(patches: Tensor, order: Tensor, merge: int) -> Tensor:
     raster = torch.empty_like(merged)
     raster[order.to(merged.device)] = merged
     return raster
+
+
+def merged_raster(patches: Tensor, grid: tuple[int, int], merge: int) -> Tensor:
+    """Values of patches in raster order -> means over squares of merge x merge. [h * w, ...] -> [N, ...], raster order
+
+    grid: (h, w) of the patches; rows and columns that fill no square are left out, as unfolding and pooling do.
+    """
+    (h, w), rest = grid, patches.shape[1:]
+    rows, columns = h // merge, w // merge
+    whole = patches.reshape(h, w, *rest)[: rows * merge, : columns * merge]
+    return whole.reshape(rows, merge, columns, merge, *rest).mean(dim=(1, 3)).flatten(0, 1)
 
 
 def did_you_mean(word: str, choices: Any) -> str:

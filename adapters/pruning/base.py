@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -84,6 +84,34 @@ class Pruner(Adapter):
         parts = [view.index.to(visual.features.device)[choose(view, k)] for view, k in zip(visual.views, shares) if k]
         return torch.cat(parts)
 
+    def beside_thumbnail(
+        self, visual: VisualTokens, choose: Callable[[Tensor, int], Tensor], whole: bool = False
+    ) -> Tensor:
+        """Choose among all views together, the thumbnail apart from the others. -> int64 [budget(keep, N)]
+
+        choose: (index [n] of tokens, view after view, k) -> k of these n, as positions in `index`. whole: the
+        thumbnail stays whole and the others share the rest; otherwise both get their share by size.
+        Raises ValueError when a thumbnail that is to stay whole exceeds the budget.
+        """
+        device, k = visual.features.device, budget(self.keep, len(visual))
+        parts = [
+            torch.cat([view.index.to(device) for view in views])
+            for views in (
+                [view for view in visual.views if view.kind == "thumbnail"],
+                [view for view in visual.views if view.kind != "thumbnail"],
+            )
+            if views
+        ]
+        shares = apportion(k, [len(part) for part in parts])
+        if whole and len(parts) == 2:
+            if k < len(parts[0]):
+                raise ValueError(
+                    f"{self.name}: keep={self.keep} is {k} of {len(visual)} visual tokens, fewer than the thumbnail's "
+                    f"{len(parts[0])}, which thumbnail=whole keeps; raise keep or leave thumbnail out"
+                )
+            shares = [len(parts[0]), k - len(parts[0])]
+        return torch.cat([part[choose(part, share)] for part, share in zip(parts, shares) if share])
+
     def kept_of(self, picture: Picture) -> int:
         """Visual tokens that stay of a picture of this size: `keep`, unless the method promises more to some."""
         whole = picture.frames == 1 and "image" not in self.modalities
@@ -100,3 +128,38 @@ class Pruner(Adapter):
         if any(source.encode in patch.base.__dict__ for source in patch.family.sources.values()):
             raise NotImplementedError("two pruning methods before the language model cannot be combined: choose one")
         Door(patch, self, self.positions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClsPruner(Pruner):
+    """A method that follows the CLS token of the vision tower, and needs a substitute on a tower without one.
+
+    fallback: name of the substitute, used on such a tower alone and said in the report; None: the tower is refused.
+    """
+
+    substitute: ClassVar[tuple[str, str]] = ("received", "the attention received from all patches")
+    fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fallback not in (None, self.substitute[0]):
+            raise ValueError(f"fallback={self.fallback!r}: choose {self.substitute[0]!r} or leave it out")
+
+    @classmethod
+    def needs(cls, family: Family) -> dict[str, Any]:
+        """The fallback, where the tower has no CLS."""
+        return {} if family.cls else {"fallback": cls.substitute[0]}
+
+    def follows_cls(self, tower: Tower) -> bool:
+        """Whether there is a CLS token; False: the fallback is at work. Raises NotImplementedError without either."""
+        if not tower.has_cls and self.fallback is None:
+            word, what = self.substitute
+            raise NotImplementedError(
+                f"{self.name} needs a CLS token, and this vision tower has none; {self.name}:fallback={word} uses "
+                f"{what} instead"
+            )
+        return tower.has_cls
+
+    def notes(self, tower: Tower) -> tuple[str, ...]:
+        """Say when the fallback is at work."""
+        return () if tower.has_cls else (f"{self.name}: no CLS in this tower, {self.substitute[1]} used instead",)

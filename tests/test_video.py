@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
 import torch
+from conftest import TINY, lend
 
+import vlmfast
+from vlmfast.adapters import support
 from vlmfast.adapters.pruning.evs import EVS
+from vlmfast.adapters.pruning.fastervlm import FasterVLM
+from vlmfast.adapters.pruning.hiprune import HiPrune
 from vlmfast.adapters.pruning.vidcom2 import VidCom2, split
-from vlmfast.visual import View, VisualTokens, frame_index, is_video
+from vlmfast.encoding import encode_images, encoder_outputs
+from vlmfast.families import FAMILIES, family_of
+from vlmfast.visual import View, VisualTokens, apportion, frame_index, is_video
+
+VIDEO_FAMILIES = [name for name, tiny in TINY.items() if tiny.video is not None]
+KEYED = [name for name in VIDEO_FAMILIES if not name.startswith("qwen3_5")]  # its linear attention has no keys to mask
 
 
 def video(t: int, h: int, w: int, width: int = 8, seed: int = 0, features: torch.Tensor | None = None) -> VisualTokens:
@@ -247,3 +258,184 @@ def test_budgets_that_do_not_fit(method):
 def test_vidcom2_settings():
     with pytest.raises(ValueError, match="choose 'repaired' or 'official'"):
         VidCom2(parity="theirs")
+
+
+def test_families_without_videos_are_refused():
+    llava = next(lend("llava"))
+    for name in ("evs", "vidcom2"):
+        assert {family for family in FAMILIES if support(name, family).reason is None} == set(VIDEO_FAMILIES)
+        with pytest.raises(
+            NotImplementedError, match="does not work on llava: it prunes videos, the family takes images"
+        ):
+            vlmfast.patch(llava.model, name)
+
+
+# --- every family with videos ------------------------------------------------------------------------------------
+
+
+ROWS = [[3, "A", 2, "a", 1], [2, "b", 1, "B", 6], [4]]
+
+
+@pytest.fixture(params=VIDEO_FAMILIES)
+def filmed(request):
+    """Every family with videos in turn."""
+    yield from lend(request.param)
+
+
+def encode_videos(vlm, inputs, methods=()):
+    """The VisualTokens of the videos among the inputs."""
+    return encode_modality(vlm, inputs, methods, "video")
+
+
+def encode_modality(vlm, inputs, methods, modality):
+    source = family_of(vlm.model).sources[modality]
+    names = list(inspect.signature(getattr(vlm.model.model, source.encode)).parameters)
+    others = {name: inputs[name] for name in names[1:] if name in inputs}
+    return encode_images(vlm.model, methods, modality=modality, **{names[0]: inputs[source.pixels]}, **others)
+
+
+def generate(vlm, inputs, **how):
+    tokens = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, **how)
+    return tokens[:, inputs["input_ids"].shape[1] :]
+
+
+def test_layout_of_a_video(filmed):
+    """Frames of one size that hold every visual token once, in order of time, and the placeholders they came from."""
+    inputs = filmed.prompts([[3, "A", 2]])
+    (one,) = encode_videos(filmed, inputs)
+    index = frame_index(one.views)
+    assert sorted(index.flatten().tolist()) == list(range(len(one)))
+    assert index.equal(index.sort(dim=0).values), "later frames come later"
+    assert all(view.grid[0] * view.grid[1] == len(view) for view in one.views)
+    assert [view.cell for view in one.views] == [(i, 0) for i in range(len(index))]
+    places = (inputs["input_ids"] == filmed.model.config.video_token_id).sum()
+    assert one.span == int(places)
+    assert one.spread(one.features).shape[0] == one.span
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_videos_beside_images_in_a_padded_batch(filmed, positions):
+    together = filmed.prompts(ROWS)
+    with vlmfast.patch(filmed.model, "vidcom2:keep=0.4", positions=positions) as handle:
+        logits = filmed.model(**together).logits[:, -1]
+        report = handle.report()
+        greedy, beams = generate(filmed, together), generate(filmed, together, num_beams=2)
+        assert torch.equal(generate(filmed, together, cache_implementation="static"), greedy)
+        for row in range(len(ROWS)):
+            alone = filmed.prompts(ROWS, only=row)
+            torch.testing.assert_close(filmed.model(**alone).logits[0, -1], logits[row], rtol=1e-3, atol=1e-3)
+            assert torch.equal(generate(filmed, alone)[0], greedy[row])
+            assert torch.equal(generate(filmed, alone, num_beams=2)[0], beams[row])
+    for picture in report.images:
+        n = sum(len(view) for view in picture.views)
+        assert len(picture.indices) == (round(0.4 * n) if is_video(picture.views) else n)
+    assert [is_video(picture.views) for picture in report.images] == [True, False, False, True]
+    assert "vidcom2: prunes videos; 2 still picture(s) kept whole" in report.notes
+
+
+@pytest.mark.parametrize("spec", ["evs:keep=1.0", "vidcom2:keep=1.0", "random:keep=1.0"])
+def test_keeping_whole_videos_is_the_identity_and_unpatching_restores(filmed, spec):
+    inputs = filmed.prompts(ROWS)
+    logits, tokens = filmed.model(**inputs).logits, generate(filmed, inputs)
+    with vlmfast.patch(filmed.model, spec):
+        assert torch.equal(filmed.model(**inputs).logits, logits)
+        assert torch.equal(generate(filmed, inputs), tokens)
+    with vlmfast.patch(filmed.model, spec.replace("1.0", "0.5")):
+        assert not torch.allclose(filmed.model(**inputs).logits[:2, -1], logits[:2, -1], atol=1e-4)
+    assert torch.equal(filmed.model(**inputs).logits, logits)
+    assert torch.equal(generate(filmed, inputs), tokens)
+
+
+@pytest.mark.parametrize("filmed", KEYED, indirect=True)
+@pytest.mark.parametrize("spec", ["evs:keep=0.7", "vidcom2:keep=0.4"])
+def test_dropping_of_frames_equals_masking(filmed, spec):
+    """A pruned run gives the logits of the full run in which nobody may attend to what was dropped."""
+    inputs = filmed.prompts([[3, "A", 2, "a", 4, "B", 3]])
+    with vlmfast.patch(filmed.model, spec, positions="original") as handle:
+        pruned = filmed.model(**inputs).logits[0]
+        kept = [one.indices for one in handle.report().images if is_video(one.views)]
+    videos = encode_videos(filmed, inputs)
+    stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    places = (inputs["input_ids"][0] == filmed.model.config.video_token_id).nonzero().flatten()
+    for one, indices in zip(videos, kept, strict=True):
+        mine, places = places[: one.span], places[one.span :]
+        assert len(indices) < len(one)
+        stays[mine] = False
+        stays[mine[indices if one.slots is None else one.slots[indices]]] = True
+    masked = {**inputs, "attention_mask": stays.long()[None], "position_ids": torch.arange(len(stays))[None]}
+    if family_of(filmed.model).mrope:
+        names = inspect.signature(filmed.model.model.get_rope_index).parameters
+        given = {name: inputs[name] for name in names if name in inputs and name != "attention_mask"}
+        masked["position_ids"], _ = filmed.model.model.get_rope_index(**given)
+    full = filmed.model(**masked).logits[0]
+    torch.testing.assert_close(pruned, full[stays], rtol=1e-3, atol=1e-3)
+
+
+def test_videos_encoded_once(filmed):
+    """encode_images and encoder_outputs for videos, for images beside them, and for several methods at once."""
+    inputs = filmed.prompts([[3, "A", 2, "a", 4]])
+    methods = (EVS(keep=0.7), VidCom2(keep=0.5), HiPrune(keep=0.5))
+    videos = encode_videos(filmed, inputs, methods)
+    images = encode_modality(filmed, inputs, methods, "image")
+    sources = family_of(filmed.model).sources
+    pixels = {source.pixels for source in sources.values()}
+    rest = {name: value for name, value in inputs.items() if name not in pixels}
+    for method in methods:
+        with vlmfast.patch(filmed.model, method):
+            outputs = {**encoder_outputs(images), **encoder_outputs(videos, "video")}
+            given = filmed.model(**rest, mm_encoder_outputs=outputs).logits
+            torch.testing.assert_close(given, filmed.model(**inputs).logits, rtol=1e-4, atol=1e-4)
+            with pytest.raises(ValueError, match="not both"):
+                filmed.model(**inputs, mm_encoder_outputs=encoder_outputs(videos, "video"))
+
+
+def per_frame(vlm, method, inputs):
+    """A video, what the method keeps of it, frame by frame (indices inside the frame), and the even shares."""
+    (one,) = encode_videos(vlm, inputs, [method])
+    wanted = method.wanted(family_of(vlm.model).tower(vlm.model.config))
+    with vlmfast.patch(vlm.model, method) as handle:
+        vlm.model(**inputs)
+        kept = set(handle.report().kept[0].tolist())
+    inside = [[j for j, token in enumerate(view.index.tolist()) if token in kept] for view in one.views]
+    assert sum(map(len, inside)) == len(kept)
+    scores = {name: one.statistics[score] for name, score in wanted.items()}
+    return one, inside, scores
+
+
+@pytest.mark.parametrize("keep", [0.5, 7])
+def test_fastervlm_goes_frame_by_frame(filmed, keep):
+    has_cls = family_of(filmed.model).tower(filmed.model.config).has_cls
+    method = FasterVLM(keep=keep, fallback=None if has_cls else "received")
+    one, inside, scores = per_frame(filmed, method, filmed.prompts([[3, "A", 2]]))
+    k = keep if isinstance(keep, int) else round(keep * len(one))
+    shares = apportion(k, [len(view) for view in one.views])
+    assert max(shares) - min(shares) <= 1 and sum(shares) == k, "frames of one size have even shares"
+    for view, mine, share in zip(one.views, inside, shares):
+        values = [float(scores["attention"][token]) for token in view.index.tolist()]
+        assert mine == sorted(sorted(range(len(values)), key=lambda j: (-values[j], j))[:share])
+
+
+def test_hiprune_goes_frame_by_frame(filmed):
+    method = HiPrune(keep=0.5, alpha=0.5)
+    one, inside, scores = per_frame(filmed, method, filmed.prompts([[3, "A", 2]]))
+    shares = apportion(round(0.5 * len(one)), [len(view) for view in one.views])
+    for view, mine, share in zip(one.views, inside, shares):
+        objects, deep = ([float(scores[name][token]) for token in view.index.tolist()] for name in ("objects", "deep"))
+        assert mine == hiprune_in_loops(objects, deep, share, 0.5, view.grid)
+
+
+def hiprune_in_loops(objects, deep, k, alpha, grid):
+    """Anchors, their neighbours inside the frame, registers: one frame in plain loops."""
+    rows, columns = grid
+    by_object = sorted(range(len(objects)), key=lambda j: (-objects[j], j))
+    anchors = by_object[: round(k * alpha / 5)]
+    chosen = set(anchors)
+    for anchor in anchors:
+        y, x = divmod(anchor, columns)
+        around = [(y, x - 1), (y, x + 1), (y - 1, x), (y + 1, x)]
+        chosen |= {r * columns + c for r, c in around if 0 <= r < rows and 0 <= c < columns}
+    if len(chosen) > k:
+        outer = [j for j in by_object if j in chosen and j not in anchors]
+        chosen = set([*anchors, *outer][:k])
+    registers = sorted((j for j in range(len(deep)) if j not in chosen), key=lambda j: (-deep[j], j))
+    return sorted([*chosen, *registers[: k - len(chosen)]])

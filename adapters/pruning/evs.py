@@ -24,17 +24,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from vlmfast.adapters.pruning.base import Pruner
 from vlmfast.patching import ImageReport
-from vlmfast.visual import VisualTokens, budget, frame_index, top
+from vlmfast.visual import VisualTokens, budget, frame_index, top, unit
 
 
 def changes(frames: Tensor) -> Tensor:
     """1 - cosine between each place and the same place one frame earlier. [F, n, D] -> [F - 1, n]"""
-    unit = functional.normalize(frames.float(), dim=-1)
-    return unit.diff(dim=0).square().sum(-1) / 2
+    return unit(frames).diff(dim=0).square().sum(-1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)

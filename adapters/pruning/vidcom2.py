@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmfast.adapters.pruning.base import Pruner
-from vlmfast.visual import VisualTokens, budget, frame_index, top
+from vlmfast.visual import VisualTokens, budget, frame_index, top, unit
 
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0)
 TEMPERATURE = 0.01
@@ -48,7 +48,7 @@ def scores(frames: Tensor) -> tuple[Tensor, Tensor]:
     frames = frames.float()
     variance = frames.flatten(0, 1).var(dim=0, unbiased=False)
     calm = top(-variance, max(1, len(variance) // 2))
-    x = functional.normalize(frames[..., calm], dim=-1)
+    x = unit(frames[..., calm])
     return similarity(x, x.mean(dim=(0, 1))), similarity(x, x.mean(dim=1, keepdim=True))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmfast.families import clip, qwen
+from vlmfast.families import clip, gemma, idefics, internvl, mistral, qwen
 from vlmfast.families.base import Encoded, Family, Positions, Source, did_you_mean, window_to_raster
 from vlmfast.towers import Tower
 
@@ -20,7 +20,9 @@ __all__ = [
     "window_to_raster",
 ]
 
-FAMILIES: dict[str, Family] = {family.name: family for group in (clip, qwen) for family in group.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    family.name: family for group in (clip, qwen, internvl, idefics, gemma, mistral) for family in group.FAMILIES
+}
 
 
 def family_of(model_or_config: Any) -> Family:

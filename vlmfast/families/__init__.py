@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmfast.families import clip, gemma, idefics, internvl, mistral, qwen
+from vlmfast.families import anyres, gemma, idefics, internvl, llava, mistral, qwen
 from vlmfast.families.base import Encoded, Family, Positions, Source, did_you_mean, window_to_raster
 from vlmfast.towers import Tower
 
@@ -21,7 +21,9 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for group in (clip, qwen, internvl, idefics, gemma, mistral) for family in group.FAMILIES
+    family.name: family
+    for group in (llava, anyres, qwen, internvl, idefics, gemma, mistral)
+    for family in group.FAMILIES
 }
 
 

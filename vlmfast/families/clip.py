@@ -1,100 +1,116 @@
-"""Families with a CLIP tower whose every patch becomes one visual token."""
+"""CLIP and SigLIP towers, as the LLaVA families use them: what they can be asked for and what they cost."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from vlmfast.families.base import Encoded, Family, Source
+from torch import Tensor
+
+from vlmfast.families.base import Encoded
 from vlmfast.towers import Grid, Tower, Vision, vit_flops
-from vlmfast.visual import VisualTokens
+from vlmfast.visual import Score
+
+HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}  # by `model_type`: whether token 0 is CLS
 
 
-def clip_tower(config: Any) -> Tower:
-    """The CLIP tower of a LLaVA config. Raises NotImplementedError for towers and settings not supported."""
-    vision, layer = config.vision_config, config.vision_feature_layer
-    family = config.model_type
-    if vision.model_type != "clip_vision_model":
-        raise NotImplementedError(f"{family} with a {vision.model_type} tower; supported: clip_vision_model")
-    if config.vision_feature_select_strategy != "default":
+def has_cls(config: Any) -> bool:
+    """Whether the tower's token 0 is CLS. Raises NotImplementedError for towers that are not known."""
+    kind = config.vision_config.model_type
+    if kind not in HAS_CLS:
+        raise NotImplementedError(f"{config.model_type} with a {kind} tower; supported: {', '.join(HAS_CLS)}")
+    return HAS_CLS[kind]
+
+
+def cls_stays(config: Any) -> bool:
+    """Whether the CLS token of an image enters the prompt.
+
+    Raises NotImplementedError where the strategy "default" would cut off a patch for want of a CLS token.
+    """
+    strategy = getattr(config, "vision_feature_select_strategy", "default")  # vipllava always cuts token 0
+    if has_cls(config):
+        return bool(strategy == "full")
+    if strategy == "default":
         raise NotImplementedError(
-            f"{family} with vision_feature_select_strategy={config.vision_feature_select_strategy!r}; "
-            "supported: default"
+            f"{config.model_type} with a {config.vision_config.model_type} tower and "
+            "vision_feature_select_strategy='default', which cuts off its first patch: the tower has no CLS token; "
+            "supported: 'full'"
         )
-    if not isinstance(layer, int):
-        raise NotImplementedError(f"{family} with several feature layers {layer}; supported: one, as an int")
-    depth = vision.num_hidden_layers
+    return False
+
+
+def vit_tower(config: Any) -> Tower:
+    """The tower of a LLaVA config. Raises NotImplementedError for towers and settings that are not supported."""
+    cls_stays(config)
+    depth, chosen = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    layers = [chosen] if isinstance(chosen, int) else list(chosen)
+    blocks = [depth + layer if layer < 0 else layer - 1 for layer in layers]  # hidden state 0 is the embedding
+    if not blocks or not 0 <= max(blocks) < depth or min(blocks) < -1:
+        raise NotImplementedError(
+            f"{config.model_type} with vision_feature_layer={chosen!r}; supported: hidden states of a tower with "
+            f"{depth} blocks, at least one of them after a block"
+        )
     return Tower(
         depth=depth,
-        heads=vision.num_attention_heads,
-        feature_layer=depth + layer if layer < 0 else layer - 1,
+        heads=config.vision_config.num_attention_heads,
+        feature_layer=max(blocks),
         full_layers=tuple(range(depth)),
-        has_cls=True,
+        has_cls=has_cls(config),
+        layers=len(blocks),
     )
 
 
-def clip_vision(config: Any, grid: Grid) -> Vision:
-    """CLIP tower (every view has its own CLS token) and two-layer projector.
+def vit_vision(
+    config: Any, grid: Grid, *, cls: bool | None = None, projected: int | None = None, tokens: int | None = None
+) -> Vision:
+    """Tower and two-layer projector on `grid` = (views, h, w); every view goes through the tower by itself.
 
-    transformers computes all layers of the tower, also where the features come from an earlier one.
+    transformers computes all layers of the tower, also where the features come from an earlier one, and SigLIP's
+    pooling head where the config has one. cls: whether the CLS token is projected, too, None: as for images.
+    projected: tokens of a view that the projector sees, None: its patches, and CLS. tokens: of the prompt, None: those
+    projected.
     """
     tower = config.vision_config
-    if tower.model_type != "clip_vision_model":
-        raise NotImplementedError(
-            f"no cost model for a {config.model_type} with the tower {tower.model_type!r}; there is one for "
-            "'clip_vision_model'"
-        )
     views, height, width = grid
-    patches, d = height * width, tower.hidden_size
-    n = patches + 1
+    patches, d, ff = height * width, tower.hidden_size, tower.intermediate_size
+    n = patches + has_cls(config)
+    cls = cls_stays(config) if cls is None else cls
+    projected = patches + cls if projected is None else projected
     spans = ((n,) * views,) * tower.num_hidden_layers
-    selected = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    tokens = patches if config.vision_feature_select_strategy == "default" else n
+    flops = vit_flops(
+        patches=views * patches,
+        patch_values=tower.num_channels * tower.patch_size**2,
+        width=d,
+        ff=ff,
+        matrices=2,
+        spans=spans,
+    )
+    if getattr(tower, "vision_use_head", False):  # one query attends to all patches; then a feed-forward net
+        flops += views * (2 * (2 * d * d + 2 * n * d * d + 2 * d * ff) + 4 * n * d)
+    chosen = config.vision_feature_layer
+    inner = d if isinstance(chosen, int) else d * len(chosen)
     out = config.text_config.hidden_size
     return Vision(
-        tower=vit_flops(
-            patches=views * patches,
-            patch_values=tower.num_channels * tower.patch_size**2,
-            width=d,
-            ff=tower.intermediate_size,
-            matrices=2,
-            spans=spans,
-        ),
-        projector=views * 2 * tokens * (selected * d * out + out * out),
-        tokens=views * tokens,
+        tower=flops,
+        projector=views * 2 * projected * (inner * out + out * out),
+        tokens=views * projected if tokens is None else tokens,
         width=d,
         spans=spans,
     )
 
 
-def _llava_layout(encoded: Encoded) -> list[VisualTokens]:
-    pixels = encoded.inputs["pixel_values"]
-    patch = encoded.config.vision_config.patch_size
-    h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    maps = {score: parts[0][:, 1:] for score, parts in encoded.raw.items()}  # the CLS key leaves with its feature
-    return [
-        VisualTokens(
-            features=image,
-            grid=(1, h, w),
-            queries=len(image) + 1,
-            pixels=pixels[i],
-            statistics={score: values[i] for score, values in maps.items()},
-            patches=(1, h, w),
-        )
-        for i, image in enumerate(encoded.output.pooler_output)
-    ]
+def patch_maps(encoded: Encoded) -> dict[Score, Tensor]:
+    """The statistics of all views, without CLS. -> [views, patches] or, for vectors, [views, patches, c]
+
+    Raises NotImplementedError when the call chose its own feature layer or strategy: the statistics are those of the
+    config's.
+    """
+    for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+        given, own = encoded.inputs.get(name), getattr(encoded.config, name, None)
+        if given is not None and own is not None and _plain(given) != _plain(own):
+            raise NotImplementedError(f"{name}={given!r} in the call; set it in the config before patching: {own!r}")
+    first = int(encoded.tower.has_cls)
+    return {score: parts[0][:, first:] for score, parts in encoded.raw.items()}
 
 
-LLAVA = Family(
-    name="llava",
-    blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
-    attention="self_attn",
-    positions="compact",
-    mrope=False,
-    tower=clip_tower,
-    vision=clip_vision,
-    sources={"image": Source(layout=_llava_layout)},
-    projector="multi_modal_projector",
-    cls=True,
-)
-
-FAMILIES = (LLAVA,)
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value

@@ -26,6 +26,9 @@ from vlmfast.attention import column_mean
 from vlmfast.families import window_to_raster
 from vlmfast.visual import VisualTokens, canvas_order, window_order
 
+sys.path.insert(0, str(Path(__file__).parent))  # scripts are no package
+import parity_selection  # noqa: E402
+
 TOLERANCE = 1e-5
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]
@@ -118,7 +121,11 @@ def _sequence(hyper: dict[str, Any], kept: Tensor, array: Arrays) -> Checks:
     yield "seq_token", token[stays], array("out_{}_seq_token")
 
 
-SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"fastervlm": fastervlm, "hiprune": hiprune}
+SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
+    "fastervlm": fastervlm,
+    "hiprune": hiprune,
+    **parity_selection.SETS,
+}
 
 
 def compare(folder: Path, name: str) -> tuple[int, list[str]]:

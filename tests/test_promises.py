@@ -189,7 +189,8 @@ def keeps_the_budget(vlm, name):
         report = handle.report()
     for image in report.images:
         n = sum(len(view) for view in image.views)
-        assert len(image.indices) == budget(0.25, n)
+        least = len(image.views[0]) if name == "evs" else 0  # the first frame of a video stays whole
+        assert len(image.indices) == max(least, budget(0.25, n))
         assert image.indices.tolist() == sorted(set(image.indices.tolist()))
         assert image.merged == (name in MERGING)
     assert len(report.per_layer) == vlm.model.config.get_text_config().num_hidden_layers

@@ -27,6 +27,7 @@ from vlmfast.families import window_to_raster
 from vlmfast.visual import VisualTokens, canvas_order, window_order
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts are no package
+import parity_scores  # noqa: E402
 import parity_selection  # noqa: E402
 
 TOLERANCE = 1e-5
@@ -124,6 +125,7 @@ def _sequence(hyper: dict[str, Any], kept: Tensor, array: Arrays) -> Checks:
 SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
     "fastervlm": fastervlm,
     "hiprune": hiprune,
+    **parity_scores.SETS,
     **parity_selection.SETS,
 }
 
@@ -133,7 +135,10 @@ def compare(folder: Path, name: str) -> tuple[int, list[str]]:
     described = json.loads((folder / f"{name}.json").read_text())
     failures = []
     with np.load(folder / f"{name}.npz") as arrays:
-        for case in described["cases"]:
+        cases = described["cases"]
+        if isinstance(cases, dict):  # one case, whose arrays have no prefix
+            cases = [{"case": name, "hyper": cases}]
+        for case in cases:
 
             def array(pattern: str, key: str = case["case"]) -> Tensor:
                 return torch.from_numpy(arrays[pattern.format(key)])
@@ -141,7 +146,7 @@ def compare(folder: Path, name: str) -> tuple[int, list[str]]:
             bad = [what for what, ours, theirs in SETS[name](case, array) if not equal(ours, theirs)]
             if bad:
                 failures.append(f"{name}/{case['case']}: {', '.join(bad)} differ")
-    return len(described["cases"]), failures
+    return len(cases), failures
 
 
 def equal(ours: Tensor, theirs: Tensor) -> bool:

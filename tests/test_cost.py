@@ -20,7 +20,7 @@ from transformers import (
 
 from vlmfast import cost
 from vlmfast.adapters import from_spec
-from vlmfast.cost import kv_bytes, nominal_grid, prefill_flops, prompt_cost, solve_keep, visual_tokens
+from vlmfast.cost import kv_bytes, nominal_grid, prefill_flops, prompt_cost, visual_tokens
 from vlmfast.encoding import encode_images
 from vlmfast.families import family_of
 from vlmfast.visual import Score
@@ -257,37 +257,6 @@ def test_towers_of_real_size():
     assert round((c.tower + c.projector) / 1e12, 1) == 7.3
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("scores", [(), (Score(1, "column_mean"),)], ids=["no scores", "column_mean"])
-def test_solve_keep_reaches_the_share(case, scores):
-    config, images = CASES[case]
-    full = prompt_cost(config, text=20, images=images).total_prefill
-    counts = [visual_tokens(config, grid) for grid in images]
-    one_each = prompt_cost(config, text=20, images=images, kept=[1 for _ in counts], scores=scores)
-    fixed = one_each.total_prefill - one_each.prefill
-    least = one_each.total_prefill / full
-    for share in (least + 1e-6, 0.5 + least / 2, 0.999):
-        keep = solve_keep(config, share, text=20, images=images, scores=scores)
-        kept = sum(max(1, keep * count) for count in counts)
-        assert (fixed + prefill_flops(config, 20 + kept)) / full == pytest.approx(share, abs=1e-9)
-        assert 0 < keep < 1
-    assert solve_keep(config, 1.0, text=20, images=images, scores=scores) == 1.0
-    with pytest.raises(ValueError, match=f"between {least:.4f}"):
-        solve_keep(config, least - 1e-6, text=20, images=images, scores=scores)
-
-
-def test_solve_keep_defaults():
-    assert nominal_grid(llava()) == (1, 4, 4)
-    assert nominal_grid(qwen2_5_vl()) == cost.NOMINAL_GRID
-    assert solve_keep(llava(), 0.9) == solve_keep(llava(), 0.9, text=60, images=[(1, 4, 4)])
-
-
-@pytest.mark.parametrize("share", [0.0, -1.0, 0.05, 1.2, float("nan"), True])
-def test_solve_keep_names_the_reachable_range(share):
-    with pytest.raises(ValueError, match=r"between 0\.\d+ \(one visual token an image\) and 1\.0"):
-        solve_keep(llava(), share)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -315,5 +284,3 @@ def test_impossible_configs():
         prefill_flops(llava(), 10, "X3")
     with pytest.raises(ValueError, match="each of the 3 layers"):
         prefill_flops(llava(), [10, 10])
-    with pytest.raises(ValueError, match="at least one patch grid"):
-        solve_keep(llava(), 0.9, images=[])

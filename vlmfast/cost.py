@@ -39,7 +39,6 @@ CONVENTIONS = {
     "F3m": "multiply-adds, 3-matrix feed-forward net, GQA ignored (PyramidDrop, SparseVLM)",
 }
 NOMINAL_GRID = (1, 72, 72)  # patches (t, h, w) assumed for a model that takes any image size: 1008 x 1008 pixels of 14
-NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
 
 # For how many rows of the attention map a statistic recomputes q k^T; None: all of them.
 SCORE_ROWS = {"cls_row": 1, "last_row": 1, "column_mean": None, "row_mean": None}
@@ -52,7 +51,7 @@ class Cost:
 
     tower      vision tower with its patch embedding, all layers that run
     projector  projector or patch merger
-    selection  attention statistics that a method takes in the tower
+    selection  what methods multiply themselves: statistics taken in the tower or a decoder layer, similarities
     prefill    decoder layers over the prompt
     head       output head on the prompt's last position
     decode     all further generated tokens, decoder layers and head
@@ -87,6 +86,7 @@ def prompt_cost(
     tokens: Sequence[int] | None = None,
     generated: int = 0,
     scores: Sequence[Score] = (),
+    selection: int = 0,
     visual_per_layer: Sequence[int] | None = None,
     kv_dtype: torch.dtype = torch.float16,
 ) -> Cost:
@@ -94,12 +94,14 @@ def prompt_cost(
 
     config            Hugging Face config of a supported family
     text              tokens of the prompt that are not visual (the template's included)
-    images            patch grid (t, h, w) of every image **before** merging: for LLaVA (1, size / patch, size / patch)
-    kept              visual tokens kept of every image; None: all of them (the unpatched model)
-    tokens            visual tokens of every image in the unpatched prompt, newlines included; None: by its grid
+    images            patch grid (t, h, w) of every picture **before** merging: t counts views, crops or frames, for
+                      LLaVA (1, size / patch, size / patch)
+    kept              visual tokens kept of every picture; None: all of them (the unpatched model)
+    tokens            placeholders of every picture in the unpatched prompt, newlines included; None: by its grid
     generated         tokens to generate; the first one comes out of the prefill, the others are decode steps with a
                       cache that grows by one each
-    scores            statistics taken in the tower (for every image)
+    scores            statistics taken in the tower (for every picture)
+    selection         FLOPs of the methods' own products elsewhere (`Adapter.selection_flops`), for all pictures
     visual_per_layer  visual tokens of the whole prompt in every decoder layer, where layers hold different numbers;
                       None: sum(kept) in all of them
     kv_dtype          number type of the cache
@@ -137,7 +139,7 @@ def prompt_cost(
     return Cost(
         tower=sum(image.tower for image in vision),
         projector=sum(image.projector for image in vision),
-        selection=sum(_score(image, score) for image in vision for score in scores),
+        selection=selection + sum(_score(image, score) for image in vision for score in scores),
         prefill=sum(layer.flops(length, length) for layer, length in zip(layers, lengths)),
         head=head,
         decode=decode,
@@ -155,8 +157,15 @@ def nominal_grid(config: Any) -> Grid:
     size = getattr(config.vision_config, "image_size", None)
     if size is None:
         return NOMINAL_GRID
-    patches = size // config.vision_config.patch_size
-    return (1, patches, patches)
+    height, width = (
+        side // patch for side, patch in zip(_pair(size), _pair(config.vision_config.patch_size), strict=True)
+    )
+    return (1, height, width)
+
+
+def _pair(side: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that configs write as one number or two."""
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
 def prefill_flops(config: Any, tokens: float | Sequence[float], convention: str = "X2") -> float:
@@ -190,58 +199,6 @@ def _lengths(tokens: float | Sequence[float], layers: int) -> Sequence[float]:
     if len(lengths) != layers:
         raise ValueError(f"tokens must give a length for each of the {layers} layers, got {len(lengths)}")
     return lengths
-
-
-def solve_keep(
-    config: Any,
-    share: float,
-    *,
-    text: int = NOMINAL_TEXT,
-    images: Sequence[Grid] | None = None,
-    scores: Sequence[Score] = (),
-) -> float:
-    """The `keep` (share of each image's visual tokens) whose cost until the first token is `share` of the unpatched.
-
-    Cost: `Cost.total_prefill` of X2, tower and selection included. The answer is a real number; a budget of whole
-    tokens then lies within half a token of it.
-
-    share   in (0, 1]; 1.0 gives keep 1.0, which is the unpatched model and takes no statistics
-    text    text tokens of the prompt
-    images  patch grids before merging; None: one image of `nominal_grid(config)`
-    scores  statistics that the method takes in the tower
-
-    Raises ValueError naming the reachable range: the tower's cost cannot be saved by dropping its output.
-    """
-    images = [nominal_grid(config)] if images is None else list(images)
-    if not images:
-        raise ValueError("images must name at least one patch grid: without an image there is nothing to drop")
-    counts = [visual_tokens(config, grid) for grid in images]
-    full = prompt_cost(config, text=text, images=images)
-    fixed = (
-        full.tower + full.projector + full.head + prompt_cost(config, text=0, images=images, scores=scores).selection
-    )
-
-    def share_at(keep: float) -> float:
-        kept = sum(max(1.0, keep * count) for count in counts)
-        return (fixed + prefill_flops(config, text + kept)) / full.total_prefill
-
-    low, high = 1 / max(counts), 1.0
-    least = share_at(low)
-    if isinstance(share, bool) or not least <= share <= 1:
-        grids = ", ".join("x".join(str(side) for side in grid) for grid in images)
-        raise ValueError(
-            f"a share of {share} of the unpatched FLOPs cannot be reached: with {text} text tokens and image patches "
-            f"{grids} it lies between {least:.4f} (one visual token an image) and 1.0"
-        )
-    if share == 1:
-        return 1.0
-    for _ in range(80):  # bisection: the cost grows with keep; 80 halvings exhaust a double
-        middle = (low + high) / 2
-        if share_at(middle) < share:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
 
 
 def _score(image: Vision, score: Score) -> int:

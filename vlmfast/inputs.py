@@ -23,16 +23,16 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from vlmfast.conversation import STATE, CacheState, state_of
-from vlmfast.cost import prompt_cost
 from vlmfast.encoding import IMAGES, PictureEncoder, Selector, renamed
 from vlmfast.families import Family, Positions
-from vlmfast.patching import HANDLE, ImageReport, Patch, Report, shallow
+from vlmfast.patching import HANDLE, ImageReport, Patch, PromptReport, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
 from vlmfast.visual import Choice, VisualTokens
 
 KEPT = "vlmfast_kept"  # on an encoder output: what each selector keeps, so that it is chosen once
 DONE = "vlmfast_prepared"  # keyword of a forward whose inputs are already rewritten
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+KINDS = {"image": 1, "video": 2}  # what mm_token_type_ids say of placeholders
 
 
 @dataclass
@@ -264,6 +264,19 @@ class Door:
         question = text & after if bool((text & after).any()) else text
         return self.base.get_input_embeddings()(ids[question]).float()
 
+    def check_types(self, ids: Tensor | None, types: Tensor | None) -> None:
+        """Refuse prompts whose M-RoPE positions would silently be others. ids, types: [B, L], types maybe longer."""
+        if types is None:
+            raise ValueError(MISSING_TYPES)
+        if ids is None or types.shape[1] < ids.shape[1]:
+            return
+        for name, token in self.tokens.items():
+            if not torch.equal(types[:, -ids.shape[1] :] == KINDS[name], ids == token):
+                raise ValueError(
+                    f"mm_token_type_ids must be {KINDS[name]} at the {name} placeholders {token} and nowhere else; "
+                    "pass what the processor returns with these input_ids"
+                )
+
     def original_positions(self, kwargs: dict[str, Any], state: CacheState | None, held: int, images: bool) -> Tensor:
         """Positions of the new tokens in the unpruned conversation: [B, L], or [3 or 4, B, L] for M-RoPE."""
         ids, new = kwargs["input_ids"], kwargs["input_ids"].shape[1]
@@ -278,8 +291,7 @@ class Door:
         flat = start.view(-1, 1) + torch.arange(new, device=ids.device)
         if not (self.family.mrope and images):
             return flat
-        if kwargs.get("mm_token_type_ids") is None:
-            raise ValueError(MISSING_TYPES)
+        self.check_types(ids, kwargs.get("mm_token_type_ids"))
         mask = kwargs.get("attention_mask")
         names = inspect.signature(self.base.get_rope_index).parameters
         others = {name: kwargs[name] for name in names if name.endswith(("_thw", "_ts")) and name in kwargs}
@@ -295,29 +307,16 @@ class Door:
         """Add the pictures of the last prompts to a report."""
         if not self.last:
             return report
-        scores = list(dict.fromkeys(self.wanted.values()))
-        cost = plain = 0
-        for row in self.last:
-            about: dict[str, Any] = {
-                "text": row.text,
-                "images": [one.patches for one in row.pictures],
-                "tokens": [one.n for one in row.pictures],
-            }
-            cost += prompt_cost(
-                self.config, **about, kept=[one.kept for one in row.pictures], scores=scores
-            ).total_prefill
-            plain += prompt_cost(self.config, **about).total_prefill
-        notes = getattr(self.selector, "notes", lambda tower: ())(self.tower)
-        pictures = tuple(one for row in self.last for one in row.pictures)
-        remarks = getattr(self.selector, "remarks", lambda pictures: ())(pictures)
-        mean = sum(one.kept for one in pictures) / len(self.last)
-        return dataclasses.replace(
-            report,
-            images=pictures,
-            share=cost / plain,
-            per_layer=(mean,) * self.config.get_text_config().num_hidden_layers,
-            notes=(*report.notes, *notes, *remarks),
+        depth = self.config.get_text_config().num_hidden_layers
+        prompts = tuple(
+            PromptReport(row.text, tuple(row.pictures), (sum(one.kept for one in row.pictures),) * depth)
+            for row in self.last
         )
+        notes = getattr(self.selector, "notes", lambda tower: ())(self.tower)
+        remarks = getattr(self.selector, "remarks", lambda pictures: ())(
+            [p for row in self.last for p in row.pictures]
+        )
+        return dataclasses.replace(report, prompts=prompts, notes=(*report.notes, *notes, *remarks))
 
 
 def present(outputs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -378,8 +377,8 @@ class Generate:
             raise ValueError("right padding in generate: set processor.tokenizer.padding_side = 'left'")
         given = any(kwargs.get(source.pixels) is not None for source in self.door.family.sources.values())
         images = given or bool(present(kwargs.get("mm_encoder_outputs")))
-        if images and self.door.family.mrope and kwargs.get("mm_token_type_ids") is None:
-            raise ValueError(MISSING_TYPES)
+        if images and self.door.family.mrope:
+            self.door.check_types(ids, kwargs.get("mm_token_type_ids"))
         if outputs := kwargs.get("mm_encoder_outputs"):  # beams expand these in place: not in the caller's object
             kwargs["mm_encoder_outputs"] = {name: shallow(output) for name, output in present(outputs).items()}
         state = state_of(kwargs.get("past_key_values"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -14,6 +14,8 @@ from torch import nn
 
 from vlmfast.adapter import Adapter
 from vlmfast.families import Family, Tower, family_of
+from vlmfast.solving import prompts_share
+from vlmfast.towers import Picture
 
 HANDLE = "vlmfast_handle"
 FILE = "vlmfast.json"
@@ -110,21 +112,47 @@ class ImageReport:
     patches: tuple[int, int, int] = (0, 0, 0)
     merged: bool = False
 
+    @property
+    def size(self) -> Picture:
+        """The picture by its sizes, before anything was dropped."""
+        frames = sum(view.kind == "frame" for view in self.views) or 1
+        return Picture(patches=self.patches, tokens=sum(map(len, self.views)), span=self.n, frames=frames)
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """One prompt of the last batch: its text tokens, its pictures, and the visual tokens in each decoder layer."""
+
+    text: int
+    pictures: tuple[ImageReport, ...]
+    per_layer: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Report:
     """What the patch did to the last batch of prompts.
 
-    images: one entry a picture, in the order of the prompts. share: prefill FLOPs of these prompts, tower included,
-    over the unpatched ones (convention X2 of vlmfast.cost), None before the first prompt. per_layer: visual tokens in
-    each decoder layer, mean over the prompts, empty before the first. notes: what a user should know.
+    prompts: one entry a prompt. share: prefill FLOPs of these prompts, tower and selection included, over the
+    unpatched ones (convention X2 of vlmfast.cost), None before the first prompt. notes: what a user should know.
+
+    The methods' doors fill in prompts and notes one after the other, those before the language model first; the handle
+    computes the share.
     """
 
     spec: str
-    images: tuple[ImageReport, ...] = ()
+    prompts: tuple[PromptReport, ...] = ()
     share: float | None = None
-    per_layer: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> tuple[ImageReport, ...]:
+        """One entry a picture, in the order of the prompts."""
+        return tuple(one for prompt in self.prompts for one in prompt.pictures)
+
+    @property
+    def per_layer(self) -> tuple[float, ...]:
+        """Visual tokens in each decoder layer, mean over the prompts; empty before the first."""
+        return tuple(sum(held) / len(held) for held in zip(*(prompt.per_layer for prompt in self.prompts)))
 
     @property
     def kept(self) -> tuple[Any, ...]:
@@ -168,7 +196,9 @@ class Handle:
         report = Report(self.spec)
         for reporter in self.reporters:
             report = reporter.report(report)
-        return report
+        if not report.prompts:
+            return report
+        return replace(report, share=prompts_share(self.patch.model.config, self.adapters, report.prompts))
 
     def __enter__(self) -> Handle:
         return self
@@ -230,7 +260,7 @@ def install(model: Any, adapters: tuple[Adapter, ...], spec: str) -> Handle:
     try:
         patch.set(target, HANDLE, handle)
         patch.set(target, "save_pretrained", SaveSpec(target, spec))
-        for adapter in adapters:
+        for adapter in sorted(adapters, key=lambda adapter: adapter.inside):  # in the order of effect
             adapter.check(patch.family)
             adapter.attach(patch)
     except BaseException:

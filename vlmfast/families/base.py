@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vlmfast.towers import Grid, Tower, Vision
+from vlmfast.towers import Grid, Picture, Tower, Vision
 from vlmfast.visual import Score, VisualTokens, mean_over
 
 Positions = Literal["original", "compact"]
@@ -71,7 +71,8 @@ class Family:
     where the family takes them, "video". cls: the stock tower has a CLS token (`Tower.has_cls` is what holds for a
     config). crops: an image may come as a thumbnail and crops of its own. first_position: position of the first token
     of a prompt. deepstack: features are added after the first decoder layers, too. projector: path to a module that
-    maps tower features to visual tokens one by one, None where there is none such.
+    maps tower features to visual tokens one by one, None where there is none such. nominal: (config, "image" or
+    "video") -> sizes of a usual picture, for solving `keep`; None: see vlmfast.solving.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Family:
     first_position: int = 0
     deepstack: bool = False
     projector: str | None = None
+    nominal: Callable[[Any, str], Picture] | None = None
 
     def block_modules(self, base: Any, source: Source) -> list[Any]:
         """The blocks of the vision tower."""

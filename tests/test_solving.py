@@ -1,0 +1,201 @@
+"""`flops=`: solved on whole tokens, and true of the prompt that then runs."""
+
+import dataclasses
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, shared
+from test_cost import llava, qwen2_5_vl
+from torch.utils.flop_counter import FlopCounterMode
+
+import vlmfast
+from vlmfast import solving
+from vlmfast.adapter import Adapter
+from vlmfast.adapters import ADAPTERS, FasterVLM, Random, from_spec, support
+from vlmfast.cost import NOMINAL_GRID, prompt_cost
+from vlmfast.decoders import decoder
+from vlmfast.families import FAMILIES
+from vlmfast.solving import NOMINAL_TEXT, TOLERANCE, nominal, share_of, solve_keep, with_keep
+from vlmfast.towers import Picture
+
+CORE = ("llava", "qwen2_5_vl")
+
+
+def spec_of(name: str, family: str) -> str:
+    needs = support(name, family).needs
+    return name + ":" * bool(needs) + ",".join(f"{key}={value}" for key, value in needs.items())
+
+
+def shown(name: str) -> str:
+    """The picture to show to a method: image a, or video A where it prunes videos alone."""
+    return "a" if "image" in getattr(ADAPTERS[name], "modalities", ("image",)) else "A"
+
+
+PAIRS = [(name, family) for name in ADAPTERS for family in CORE if support(name, family).reason is None]
+
+
+def picture_of(vlm: Any, letter: str) -> Picture:
+    """The sizes of a tiny picture, as the unpatched prompt holds it."""
+    with vlmfast.patch(vlm.model, "random:keep=1.0") as handle, torch.no_grad():
+        vlm.model(**vlm.prompts([[NOMINAL_TEXT, letter]]))
+        one = handle.report().images[0]
+    tokens = sum(len(view) for view in one.views)
+    frames = sum(view.kind == "frame" for view in one.views) or 1
+    return Picture(patches=one.patches, tokens=tokens, span=one.n, frames=frames)
+
+
+@pytest.fixture
+def usual(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """usual(vlm, letter): a tiny picture becomes the family's nominal one."""
+
+    def set_nominal(vlm: Any, letter: str) -> Picture:
+        picture = picture_of(vlm, letter)
+        monkeypatch.setattr(solving, "nominal", lambda config, modality: picture)
+        return picture
+
+    return set_nominal
+
+
+@pytest.mark.parametrize("part", [0.2, 0.7])
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_every_method_reaches_its_share_or_warns(name, family, part, usual):
+    """Shares between what one token costs and the unpatched model, on the prompt that runs."""
+    vlm, letter, spec = shared(family), shown(name), spec_of(name, family)
+    picture = usual(vlm, letter)
+    least = share_of(vlm.model.config, with_keep(from_spec(spec), 1 / picture.tokens), picture)
+    share = least + part * (1 - least)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        handle = vlmfast.patch(vlm.model, spec, flops=share)
+    with handle, torch.no_grad():
+        vlm.model(**vlm.prompts([[NOMINAL_TEXT, letter]]))
+        reached = handle.report().share
+    if not any("is not reached on whole tokens" in str(warning.message) for warning in seen):
+        assert reached == pytest.approx(share, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_what_methods_tell_is_what_they_do(name, family, usual):
+    """The schedule and the FLOPs a method tells of are those of the prompt that runs."""
+    vlm, letter = shared(family), shown(name)
+    picture = usual(vlm, letter)
+    with vlmfast.patch(vlm.model, spec_of(name, family)) as handle, torch.no_grad():
+        vlm.model(**vlm.prompts([[NOMINAL_TEXT, letter]]))
+        report = handle.report()
+        layers, _ = solving.apply(handle.adapters, picture, NOMINAL_TEXT, decoder(vlm.model.config))
+        assert list(report.per_layer) == layers
+        assert report.share == pytest.approx(share_of(vlm.model.config, handle.adapters, picture), rel=1e-9)
+
+
+@pytest.mark.parametrize("spec", ["random", "hiprune"])
+@pytest.mark.parametrize("family", CORE)
+def test_torchs_counter_sees_the_share(spec, family, usual):
+    """What really multiplies, counted by torch on an eager model: patched over unpatched."""
+    tiny = TINY[family].build().eval()
+    tiny.set_attn_implementation("eager")
+    vlm = dataclasses.replace(shared(family), model=tiny)
+    usual(vlm, "a")
+
+    def count() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            tiny(**vlm.prompts([[NOMINAL_TEXT, "a"]]), logits_to_keep=1)
+        return counter.get_total_flops()
+
+    plain = count()
+    with vlmfast.patch(tiny, spec, flops=0.98) as handle:
+        patched = count()
+        assert patched / plain == pytest.approx(handle.report().share, rel=1e-9)
+    assert patched / plain == pytest.approx(0.98, rel=TOLERANCE)
+
+
+CONFIGS = {"llava": llava(), "qwen2_5_vl": qwen2_5_vl()}
+
+
+@pytest.mark.parametrize("method", ["random", "hiprune"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_solved_on_whole_tokens(family, method):
+    config, methods = CONFIGS[family], from_spec(method)
+    picture = Picture(patches=(1, 16, 16), tokens=64, span=64) if family == "qwen2_5_vl" else nominal(config)
+    n = picture.tokens
+    at = {k: share_of(config, with_keep(methods, k / n), picture) for k in range(1, n + 1)}
+    for k in range(1, n):
+        if at[k] <= 1:  # on so tiny a model statistics can cost more than a few tokens save
+            assert solve_keep(config, methods, at[k], picture=picture) == k / n
+    assert solve_keep(config, methods, 1.0, picture=picture) == 1.0
+    least = at[1]
+    with pytest.raises(ValueError, match=f"between {least:.4f}"):
+        solve_keep(config, methods, least * 0.98, picture=picture)
+
+
+def test_the_share_includes_tower_statistics():
+    config = llava()
+    picture = nominal(config)
+    cost = [share_of(config, from_spec(spec), picture) for spec in ("random", "fastervlm", "hiprune")]
+    assert cost[0] < cost[1] < cost[2]
+    full = prompt_cost(config, text=60, images=[picture.patches]).total_prefill
+    half = prompt_cost(config, text=60, images=[picture.patches], kept=[8]).total_prefill
+    assert cost[0] == half / full
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Halves(Adapter):
+    """A method between decoder layers: everything up to layer 1, then half of what was there, one row of layer 1."""
+
+    name = "halves"
+    inside = True
+
+    def visual_per_layer(self, picture: Picture, depth: int) -> list[int]:
+        return [picture.span] + [picture.span // 2] * (depth - 1)
+
+    def selection_flops(self, picture: Picture, text: int, decoder: Any) -> int:
+        return decoder.layers[0].mixer.rows(1, text + picture.span)
+
+
+def test_methods_before_the_language_model_come_first():
+    config, model = llava(), decoder(llava())
+    picture = nominal(config)
+    pruner = Random(keep=0.5)
+    for order in ((pruner, Halves()), (Halves(), pruner)):
+        layers, own = solving.apply(order, picture, 10, model)
+        assert layers == [8, 4, 4]
+        assert own == 2 * 48 * (10 + 8)
+    expected = prompt_cost(
+        config, text=60, images=[picture.patches], visual_per_layer=[8, 4, 4], selection=2 * 48 * 68
+    )
+    full = prompt_cost(config, text=60, images=[picture.patches])
+    assert share_of(config, (pruner, Halves()), picture) == expected.total_prefill / full.total_prefill
+
+
+def test_nominal_pictures():
+    assert nominal(llava()) == Picture(patches=(1, 4, 4), tokens=16, span=16)
+    assert nominal(qwen2_5_vl()).patches == NOMINAL_GRID
+    video = nominal(qwen2_5_vl(), "video")
+    assert (video.frames, video.tokens) == (8, 8 * 18 * 18)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_family_has_a_nominal_picture_that_its_cost_model_takes(family):
+    config = shared(family).model.config
+    for modality in FAMILIES[family].sources:
+        picture = nominal(config, modality)
+        assert 0 < picture.tokens <= picture.span
+        assert (modality == "video") == (picture.frames > 1)
+        assert share_of(config, (FasterVLM(keep=1.0, fallback="received"),), picture) >= 1
+
+
+def test_a_step_too_wide_for_the_share_warns_with_both_numbers():
+    config = llava()
+    picture = Picture(patches=(1, 4, 4), tokens=2, span=2)  # a cut by half is the only one there is
+    methods = from_spec("random")
+    one, both = (share_of(config, with_keep(methods, keep), picture, 0) for keep in (0.5, 1.0))
+    goal = one + (both - one) * 0.4
+    with pytest.warns(UserWarning, match=rf"flops={goal} is not reached.*nearest share is {one:.4f}"):
+        assert solve_keep(config, methods, goal, text=0, picture=picture) == 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 0.05, 1.2, float("nan"), True])
+def test_shares_out_of_reach_name_the_range(share):
+    with pytest.raises(ValueError, match=r"between 0\.\d+ \(keep=0\.\d+\) and 1\.0"):
+        solve_keep(llava(), from_spec("random"), share)

@@ -1,0 +1,157 @@
+"""From methods to cost: what they leave of a picture in every decoder layer, and `keep` solved for a share of FLOPs.
+
+Methods tell what they do to a picture of a given size (`Adapter.visual_per_layer`, `Adapter.selection_flops`); those
+before the language model come first, those between its layers get what is left. A family tells the size of a usual
+picture (`Family.nominal`); where it does not, an image has the model's own size, or 72 x 72 patches where any size is
+taken, and a video 16 frames in 8 time steps of 36 x 36 patches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from vlmfast.adapter import Adapter
+from vlmfast.cost import nominal_grid, prompt_cost, visual_tokens
+from vlmfast.decoders import Decoder, decoder
+from vlmfast.families import family_of
+from vlmfast.towers import Picture
+from vlmfast.visual import Score
+
+NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
+NOMINAL_VIDEO = (8, 36, 36)  # patches (t, h, w)
+TOLERANCE = 0.01  # of the share asked for
+
+
+def nominal(config: Any, modality: str = "image") -> Picture:
+    """A usual picture of a family. modality: "image" or "video"."""
+    family = family_of(config)
+    if family.nominal is not None:
+        return family.nominal(config, modality)
+    grid = nominal_grid(config) if modality == "image" else NOMINAL_VIDEO
+    tokens = visual_tokens(config, grid)
+    return Picture(patches=grid, tokens=tokens, span=tokens, frames=grid[0] if modality == "video" else 1)
+
+
+def tower_scores(config: Any, adapters: Sequence[Adapter]) -> list[Score]:
+    """The statistics that the methods take in the vision tower, each once."""
+    tower = family_of(config).tower(config)
+    wanted = [adapter.wanted(tower).values() for adapter in adapters if hasattr(adapter, "wanted")]
+    return list(dict.fromkeys(score for scores in wanted for score in scores))
+
+
+def apply(adapters: Sequence[Adapter], picture: Picture, text: int, model: Decoder) -> tuple[list[int], int]:
+    """What the methods together leave of a picture in every decoder layer, and the FLOPs of their own products.
+
+    text: text tokens of the prompt. A method that drops nothing does not run.
+    """
+    depth = len(model.layers)
+    layers, own = [picture.span] * depth, 0
+    for adapter in sorted(adapters, key=lambda adapter: adapter.inside):
+        layers = list(adapter.visual_per_layer(picture, depth))
+        if len(layers) != depth:
+            raise ValueError(f"{adapter.name} tells of {len(layers)} layers, the decoder has {depth}")
+        if any(held != picture.span for held in layers):
+            own += adapter.selection_flops(picture, text, model)
+        if not adapter.inside:
+            picture = dataclasses.replace(picture, tokens=layers[0], span=layers[0])
+    return layers, own
+
+
+def share_of(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int = NOMINAL_TEXT) -> float:
+    """FLOPs until the first token (X2, tower and selection included) over those of the unpatched model."""
+    layers, own = apply(adapters, picture, text, decoder(config))
+    about: dict[str, Any] = {"text": text, "images": [picture.patches], "tokens": [picture.span]}
+    scores = tower_scores(config, adapters)
+    patched = prompt_cost(config, **about, scores=scores, selection=own, visual_per_layer=layers)
+    return patched.total_prefill / prompt_cost(config, **about).total_prefill
+
+
+class Prompt(Protocol):
+    """What the cost of a prompt depends on (`vlmfast.patching.PromptReport`)."""
+
+    text: int
+    pictures: Sequence[Any]
+    per_layer: Sequence[int]
+
+
+def prompts_share(config: Any, adapters: Sequence[Adapter], prompts: Sequence[Prompt]) -> float:
+    """As `share_of`, for prompts that ran: with what their layers really held."""
+    scores, model = tower_scores(config, adapters), decoder(config)
+    patched = plain = 0
+    for prompt in prompts:
+        sizes = [picture.size for picture in prompt.pictures]
+        about: dict[str, Any] = {
+            "text": prompt.text,
+            "images": [size.patches for size in sizes],
+            "tokens": [size.span for size in sizes],
+        }
+        own = sum(apply(adapters, size, prompt.text, model)[1] for size in sizes)
+        cost = prompt_cost(config, **about, scores=scores, selection=own, visual_per_layer=prompt.per_layer)
+        patched += cost.total_prefill
+        plain += prompt_cost(config, **about).total_prefill
+    return patched / plain
+
+
+def with_keep(adapters: Sequence[Adapter], keep: float) -> tuple[Adapter, ...]:
+    """The same methods, with this `keep` where they have one."""
+    return tuple(dataclasses.replace(a, keep=keep) if "keep" in a.settings() else a for a in adapters)  # type: ignore[call-arg]
+
+
+def solve_keep(
+    config: Any,
+    adapters: Sequence[Adapter],
+    share: float,
+    *,
+    text: int = NOMINAL_TEXT,
+    picture: Picture | None = None,
+) -> float:
+    """The `keep` at which these methods cost `share` of the unpatched model until the first token (`share_of`).
+
+    Solved on whole tokens of one picture; on others the share differs as their size does, which matters in families
+    that take any size. Every method with `keep` gets the same. Where no whole number of tokens comes within 1 % of the
+    share, the nearest is taken with a warning.
+
+    share    in (0, 1]; 1.0 gives keep 1.0, the unpatched model
+    text     text tokens of the prompt
+    picture  None: `nominal`, a video where a method prunes videos alone
+
+    Raises ValueError naming the reachable range: the tower's cost cannot be saved by dropping its output.
+    """
+    if picture is None:
+        still = all("image" in getattr(adapter, "modalities", ("image",)) for adapter in adapters)
+        picture = nominal(config, "image" if still else "video")
+    if share == 1 and not isinstance(share, bool):
+        return 1.0
+
+    def reached(keep: float) -> float:
+        return share_of(config, with_keep(adapters, keep), picture, text)
+
+    low, high = 1 / picture.tokens, 1.0
+    least = reached(low)
+    if isinstance(share, bool) or not least * (1 - TOLERANCE) <= share <= 1:
+        grid = "x".join(str(side) for side in picture.patches)
+        raise ValueError(
+            f"a share of {share} of the unpatched FLOPs cannot be reached: with {text} text tokens and a picture of "
+            f"{grid} patches it lies between {least:.4f} (keep={low:.4g}) and 1.0"
+        )
+    for _ in range(60):  # bisection between two keeps that enclose the share: ends at a step of one token
+        middle = (low + high) / 2
+        if reached(middle) < share:
+            low = middle
+        else:
+            high = middle
+    keep = min((low, high), key=lambda keep: abs(reached(keep) - share))
+    whole = round(keep * picture.tokens) / picture.tokens  # the middle of the step, where that is the same step
+    if whole and reached(whole) == reached(keep):
+        keep = whole
+    found = reached(keep)
+    if abs(found - share) > TOLERANCE * share:
+        warnings.warn(
+            f"flops={share} is not reached on whole tokens: the nearest share is {found:.4f}, at keep={keep:.4g} of "
+            f"{picture.tokens} visual tokens",
+            stacklevel=4,
+        )
+    return keep

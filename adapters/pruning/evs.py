@@ -28,7 +28,6 @@ from torch import Tensor
 from vlmfast.adapters.pruning.base import Pruner
 from vlmfast.patching import ImageReport
 from vlmfast.towers import Picture
-from vlmfast.towers import Picture
 from vlmfast.visual import VisualTokens, budget, frame_index, top, unit
 
 
@@ -57,10 +56,6 @@ class EVS(Pruner):
     def kept_of(self, picture: Picture) -> int:
         """`keep`, but the first frame at least."""
         return max(super().kept_of(picture), picture.tokens // picture.frames)
-
-    def kept_of(self, picture: Picture) -> int:
-        """Visual tokens that stay of a picture of this size."""
-        return max(picture.tokens // picture.frames, super().kept_of(picture))
 
     def select(self, visual: VisualTokens) -> Tensor:
         """Features [N, D] -> kept [max(budget, n)]."""

@@ -151,7 +151,7 @@ class Door:
         keep, selected = self.select(ids, pictures, real)
         untouched = keep.all() and all(one.choice.features is None for some in selected.values() for one in some)
         if state is None and untouched:
-            return self._with_pictures(kwargs, pictures)
+            return self._with_pictures(kwargs, {name: self._taken(name, one) for name, one in pictures.items()})
         positions = self.original_positions(kwargs, state, held, images=True)
         next_position = following(positions, real)
         shift = torch.zeros_like(next_position) if state is None else state.shift
@@ -168,6 +168,10 @@ class Door:
         for name in TOKEN_TYPES:
             if (types := kwargs.get(name)) is not None:
                 kwargs[name] = types[:, -new:].gather(1, index).masked_fill(~live, 0)
+        if held and kwargs.get("token_type_ids") is not None:
+            # Read from the start of the cache on. What it holds gets no mask any more, so zeros do.
+            types = kwargs["token_type_ids"]
+            kwargs["token_type_ids"] = torch.cat([types.new_zeros(rows, held), types], dim=1)
         if (labels := kwargs.get("labels")) is not None:
             kwargs["labels"] = labels.gather(1, index).masked_fill(~live, -100)
         pruned = torch.cat([full[:, :held], live.to(full.dtype)], dim=1)
@@ -198,11 +202,23 @@ class Door:
         positions = self.original_positions(kwargs, state, held, images=False)
         if self.positions == "compact":
             positions = positions - state.shift.view(-1, 1)
-        return {
+        later = {
             **kwargs,
             "attention_mask": state.extend(mask, held, ids.shape[1]) if needed else None,
             "position_ids": positions,
         }
+        if later.get("token_type_ids") is not None:
+            later["token_type_ids"] = None  # they mark the places of the unpruned prompt; this text needs no mark
+        return later
+
+    def _taken(self, name: str, output: Any) -> Any:
+        """An encoder output in the container that the model takes: `encoder_outputs` makes lists."""
+        source = self.family.sources[name]
+        if source.container == "list" or isinstance(output.pooler_output, Tensor):
+            return output
+        output = shallow(output)
+        output.pooler_output = source.pack(output.pooler_output)
+        return output
 
     @staticmethod
     def _with_pictures(kwargs: dict[str, Any], pictures: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vlmfast.adapters.pruning.hiprune import HiPrune
 from vlmfast.adapters.pruning.vidcom2 import VidCom2, split
 from vlmfast.encoding import encode_images, encoder_outputs
 from vlmfast.families import FAMILIES, family_of
+from vlmfast.towers import Picture
 from vlmfast.visual import View, VisualTokens, apportion, frame_index, is_video
 
 VIDEO_FAMILIES = [name for name, tiny in TINY.items() if tiny.video is not None]
@@ -260,8 +261,25 @@ def test_vidcom2_settings():
         VidCom2(parity="theirs")
 
 
+def test_what_evs_costs_is_what_it_keeps():
+    for keep in (0.1, 0.5, 20, 1.0):
+        one = video(4, 2, 3)
+        about = Picture(patches=(4, 4, 6), tokens=24, span=24, frames=4)
+        assert EVS(keep=keep).visual_per_layer(about, 3) == [len(EVS(keep=keep).choose(one).kept)] * 3
+    assert EVS(keep=0.1).kept_of(Picture(patches=(1, 4, 6), tokens=6, span=6)) == 6
+
+
+def test_evs_says_when_the_first_frame_is_more_than_the_budget():
+    (vlm,) = lend("qwen2_5_vl")
+    for keep, said in ((0.2, True), (0.9, False)):
+        with vlmfast.patch(vlm.model, EVS(keep=keep)) as handle:
+            vlm.model(**vlm.prompts([[3, "A", 2]]))
+            notes = handle.report().notes
+        assert (f"evs: the first frame stays whole, which is more than keep={keep} in 1 video(s)" in notes) == said
+
+
 def test_families_without_videos_are_refused():
-    llava = next(lend("llava"))
+    (llava,) = lend("llava")
     for name in ("evs", "vidcom2"):
         assert {family for family in FAMILIES if support(name, family).reason is None} == set(VIDEO_FAMILIES)
         with pytest.raises(

@@ -89,6 +89,11 @@ class VidCom2(Pruner):
         if self.parity not in ("repaired", "official"):
             raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
 
+    @property
+    def keeps_newlines(self) -> bool:  # type: ignore[override]
+        """The official code puts all newlines around what it keeps."""
+        return self.parity == "official"
+
     def select(self, visual: VisualTokens) -> Tensor:
         """Features [N, D] -> kept [budget]; with parity="official" near it."""
         index = frame_index(visual.views).to(visual.features.device)

@@ -13,27 +13,44 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmfast.adapter import Adapter
-from vlmfast.adapters.pruning.base import Pruner
+from vlmfast.adapters.pruning.cdpruner import CDPruner
+from vlmfast.adapters.pruning.divprune import DivPrune
 from vlmfast.adapters.pruning.evs import EVS
 from vlmfast.adapters.pruning.fastervlm import FasterVLM
+from vlmfast.adapters.pruning.fopru import FoPru
+from vlmfast.adapters.pruning.globalcom2 import GlobalCom2
 from vlmfast.adapters.pruning.grid import Grid
 from vlmfast.adapters.pruning.hiprune import HiPrune
 from vlmfast.adapters.pruning.random import Random
+from vlmfast.adapters.pruning.slime import Slime
+from vlmfast.adapters.pruning.textmonkey import TextMonkey
 from vlmfast.adapters.pruning.vidcom2 import VidCom2
-from vlmfast.cost import solve_keep
+from vlmfast.adapters.pruning.visionzip import VisionZip
+from vlmfast.adapters.pruning.vispruner import VisPruner
+from vlmfast.adapters.pruning.vtc_cls import VtcCls
 from vlmfast.families import FAMILIES, did_you_mean, family_of
 from vlmfast.patching import unwrap
+from vlmfast.solving import solve_keep, with_keep
 
 __all__ = [
     "ADAPTERS",
     "DEFAULTS",
     "EVS",
+    "CDPruner",
+    "DivPrune",
     "FasterVLM",
+    "FoPru",
+    "GlobalCom2",
     "Grid",
     "HiPrune",
     "Random",
+    "Slime",
     "Support",
+    "TextMonkey",
     "VidCom2",
+    "VisPruner",
+    "VisionZip",
+    "VtcCls",
     "from_spec",
     "resolve",
     "solve_flops",
@@ -43,12 +60,21 @@ __all__ = [
 ]
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "cdpruner": CDPruner,
+    "divprune": DivPrune,
     "evs": EVS,
     "fastervlm": FasterVLM,
+    "fopru": FoPru,
+    "globalcom2": GlobalCom2,
     "grid": Grid,
     "hiprune": HiPrune,
     "random": Random,
+    "slime": Slime,
+    "textmonkey": TextMonkey,
     "vidcom2": VidCom2,
+    "visionzip": VisionZip,
+    "vispruner": VisPruner,
+    "vtc_cls": VtcCls,
 }
 
 # What `vlmfast.patch(model)` does, by family.
@@ -152,14 +178,15 @@ def with_positions(adapters: Sequence[Adapter], positions: str) -> tuple[Adapter
 def solve_flops(model: Any, adapters: Sequence[Adapter], share: float) -> tuple[Adapter, ...]:
     """The same methods with `keep` solved for a share of the unpatched prefill FLOPs, vision tower included.
 
-    Raises ValueError when no method has `keep`, or when the share cannot be reached (naming what can).
+    Solved for the family's nominal picture (`vlmfast.solving.nominal`): where the family takes any image size, others
+    cost another share. Warns where no whole number of tokens comes within 1 % of the share. Raises ValueError when no
+    method has `keep`, or when the share cannot be reached (naming what can).
     """
     _require(adapters, "keep")
-    config = unwrap(model).config
-    tower = family_of(config).tower(config)
-    scores = [score for a in adapters if isinstance(a, Pruner) for score in dict.fromkeys(a.wanted(tower).values())]
-    keep = solve_keep(config, share, scores=scores)
-    return tuple(_replace(adapter, "keep", keep) for adapter in adapters)
+    model = unwrap(model)
+    for adapter in adapters:
+        adapter.check(family_of(model))
+    return with_keep(adapters, solve_keep(model.config, adapters, share))
 
 
 def _require(adapters: Sequence[Adapter], name: str) -> None:

@@ -138,6 +138,22 @@ def merged_raster(patches: Tensor, grid: tuple[int, int], merge: int) -> Tensor:
     return whole.reshape(rows, merge, columns, merge, *rest).mean(dim=(1, 3)).flatten(0, 1)
 
 
+def feature_block(config: Any) -> int:
+    """The block whose output becomes the visual tokens, of a tower with one `vision_feature_layer`.
+
+    Raises NotImplementedError for several layers and for states that are no block's output.
+    """
+    layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    if not isinstance(layer, int):
+        raise NotImplementedError(f"{config.model_type} with several feature layers {layer}; supported: one, as an int")
+    block = depth + layer if layer < 0 else layer - 1  # hidden state 0 is the embedding
+    if not 0 <= block < depth:
+        raise NotImplementedError(
+            f"{config.model_type} with vision_feature_layer={layer}; supported: the output of one of {depth} blocks"
+        )
+    return block
+
+
 def did_you_mean(word: str, choices: Any) -> str:
     """A hint such as ' (did you mean keep?)', empty when nothing is close."""
     close = difflib.get_close_matches(word, list(choices), n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -71,11 +72,29 @@ def vit_vision(
     """
     tower = config.vision_config
     views, height, width = grid
-    patches, d, ff = height * width, tower.hidden_size, tower.intermediate_size
+    patches, d = height * width, tower.hidden_size
     n = patches + has_cls(config)
     cls = cls_stays(config) if cls is None else cls
     projected = patches + cls if projected is None else projected
     spans = ((n,) * views,) * tower.num_hidden_layers
+    chosen = config.vision_feature_layer
+    inner = d if isinstance(chosen, int) else d * len(chosen)
+    out = config.text_config.hidden_size
+    return Vision(
+        tower=tower_flops(tower, views, patches, spans),
+        projector=views * 2 * projected * (inner * out + out * out),
+        tokens=views * projected if tokens is None else tokens,
+        width=d,
+        spans=spans,
+    )
+
+
+def tower_flops(tower: Any, views: int, patches: int, spans: Sequence[Sequence[int]]) -> int:
+    """FLOPs of the tower on `views` of `patches` each, SigLIP's pooling head included where the config has one.
+
+    tower: the vision config; spans: per layer the numbers of tokens that attend to each other.
+    """
+    d, ff = tower.hidden_size, tower.intermediate_size
     flops = vit_flops(
         patches=views * patches,
         patch_values=tower.num_channels * tower.patch_size**2,
@@ -85,29 +104,26 @@ def vit_vision(
         spans=spans,
     )
     if getattr(tower, "vision_use_head", False):  # one query attends to all patches; then a feed-forward net
-        flops += views * (2 * (2 * d * d + 2 * n * d * d + 2 * d * ff) + 4 * n * d)
-    chosen = config.vision_feature_layer
-    inner = d if isinstance(chosen, int) else d * len(chosen)
-    out = config.text_config.hidden_size
-    return Vision(
-        tower=flops,
-        projector=views * 2 * projected * (inner * out + out * out),
-        tokens=views * projected if tokens is None else tokens,
-        width=d,
-        spans=spans,
-    )
+        flops += views * (2 * (2 * d * d + 2 * patches * d * d + 2 * d * ff) + 4 * patches * d)
+    return flops
 
 
-def patch_maps(encoded: Encoded) -> dict[Score, Tensor]:
-    """The statistics of all views, without CLS. -> [views, patches] or, for vectors, [views, patches, c]
-
-    Raises NotImplementedError when the call chose its own feature layer or strategy: the statistics are those of the
+def check_call(encoded: Encoded) -> None:
+    """Raise NotImplementedError when the call chose its own feature layer or strategy: the statistics are those of the
     config's.
     """
     for name in ("vision_feature_layer", "vision_feature_select_strategy"):
         given, own = encoded.inputs.get(name), getattr(encoded.config, name, None)
         if given is not None and own is not None and _plain(given) != _plain(own):
             raise NotImplementedError(f"{name}={given!r} in the call; set it in the config before patching: {own!r}")
+
+
+def patch_maps(encoded: Encoded) -> dict[Score, Tensor]:
+    """The statistics of all views, without CLS. -> [views, patches] or, for vectors, [views, patches, c]
+
+    Raises NotImplementedError as `check_call` does.
+    """
+    check_call(encoded)
     first = int(encoded.tower.has_cls)
     return {score: parts[0][:, first:] for score, parts in encoded.raw.items()}
 

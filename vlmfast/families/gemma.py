@@ -15,7 +15,8 @@ from math import isqrt
 from typing import Any
 
 from vlmfast.families.base import Encoded, Family, Source, merged_raster
-from vlmfast.towers import Grid, Tower, Vision, vit_flops
+from vlmfast.families.clip import patch_maps, tower_flops
+from vlmfast.towers import Grid, Tower, Vision
 from vlmfast.visual import VisualTokens
 
 
@@ -37,23 +38,17 @@ def _siglip(config: Any, merge: int) -> Tower:
 
 
 def _siglip_cost(config: Any, grid: Grid, tokens: int, out: int) -> Vision:
-    """SigLIP, with its pooling head where the config has one (it runs, though nobody uses it), and one matrix."""
+    """SigLIP on every image and one matrix from its width to `out` for each of the tokens."""
     tower = config.vision_config
     images, h, w = grid
-    patches, d, ff = images * h * w, tower.hidden_size, tower.intermediate_size
     spans = ((h * w,) * images,) * tower.num_hidden_layers
-    head = 0
-    if tower.vision_use_head:  # one query an image: q, o and the net once, k and v and the attention over all patches
-        head = images * (2 * (2 * d * d) + 2 * (2 * d * ff)) + patches * (2 * (2 * d * d) + 4 * d)
-    plain = vit_flops(
-        patches=patches,
-        patch_values=tower.num_channels * tower.patch_size**2,
-        width=d,
-        ff=ff,
-        matrices=2,
+    return Vision(
+        tower=tower_flops(tower, images, h * w, spans),
+        projector=2 * tokens * tower.hidden_size * out,
+        tokens=tokens,
+        width=tower.hidden_size,
         spans=spans,
     )
-    return Vision(tower=plain + head, projector=2 * tokens * d * out, tokens=tokens, width=d, spans=spans)
 
 
 def _pooling(config: Any) -> int:
@@ -93,7 +88,7 @@ def _paligemma_vision(config: Any, grid: Grid) -> Vision:
 def _layout(encoded: Encoded) -> list[VisualTokens]:
     pixels, merge, patch = encoded.inputs["pixel_values"], encoded.tower.merge, encoded.config.vision_config.patch_size
     h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    maps = {score: parts[0] for score, parts in encoded.raw.items()}
+    maps = patch_maps(encoded)
     return [
         VisualTokens(
             features=image,

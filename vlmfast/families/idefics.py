@@ -6,6 +6,7 @@ nothing in the model's inputs says where one image ends. So **a sample is one pi
 the order of the prompt: `keep` counts (or is the share of) the visual tokens of a whole sample, all its images
 together, and reports list samples. Samples without images are left out. The tokens between the tiles (their row and
 column, "global image") are text and stay.
+A usual prompt holds an image of 13 tiles (what `flops=` is solved for).
 
 Where `pixel_attention_mask` hides a part of a tile, the tower's masks hide its keys; the queries there run all the
 same and count in means over queries, as they do in the tower.
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from vlmfast.families.base import Encoded, Family, Source, merged_raster
-from vlmfast.towers import Grid, Tower, Vision, vit_flops
+from vlmfast.towers import Grid, Picture, Tower, Vision, vit_flops
 from vlmfast.visual import View, VisualTokens
 
 
@@ -61,6 +62,13 @@ def _vision(config: Any, grid: Grid) -> Vision:
     )
 
 
+def _nominal(config: Any, modality: str) -> Picture:
+    """An image of 4 : 3 as the processors of both cut it: 3 x 4 tiles and a small copy."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    tokens = 13 * (side // config.scale_factor) ** 2
+    return Picture(patches=(13, side, side), tokens=tokens, span=tokens)
+
+
 def _layout(encoded: Encoded) -> list[VisualTokens]:
     pixels, merge, patch = encoded.inputs["pixel_values"], encoded.tower.merge, encoded.config.vision_config.patch_size
     h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
@@ -101,6 +109,7 @@ def _family(name: str) -> Family:
         tower=_tower,
         vision=_vision,
         sources={"image": Source(layout=_layout)},
+        nominal=_nominal,
     )
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmfast.families.base import Encoded, Family, Source, merged_raster
+from vlmfast.families.base import Encoded, Family, Source, feature_block, merged_raster
+from vlmfast.families.clip import patch_maps
 from vlmfast.towers import Grid, Tower, Vision, vit_flops
 from vlmfast.visual import VisualTokens
 
@@ -21,7 +22,7 @@ def _merge(config: Any) -> int:
 
 
 def _tower(config: Any) -> Tower:
-    vision, layer = config.vision_config, config.vision_feature_layer
+    vision = config.vision_config
     if vision.model_type != "internvl_vision":
         raise NotImplementedError(f"internvl with a {vision.model_type} tower; supported: internvl_vision")
     if config.vision_feature_select_strategy != "default":
@@ -29,16 +30,13 @@ def _tower(config: Any) -> Tower:
             f"internvl with vision_feature_select_strategy={config.vision_feature_select_strategy!r}; "
             "supported: default"
         )
-    if not isinstance(layer, int):
-        raise NotImplementedError(f"internvl with several feature layers {layer}; supported: one, as an int")
-    if 1 / config.downsample_ratio != _merge(config):
+    if not config.downsample_ratio > 0 or 1 / config.downsample_ratio != _merge(config):
         raise NotImplementedError(f"internvl with downsample_ratio={config.downsample_ratio}; supported: 1 / whole")
-    depth = vision.num_hidden_layers
     return Tower(
-        depth=depth,
+        depth=vision.num_hidden_layers,
         heads=vision.num_attention_heads,
-        feature_layer=depth + layer if layer < 0 else layer - 1,
-        full_layers=tuple(range(depth)),
+        feature_layer=feature_block(config),
+        full_layers=tuple(range(vision.num_hidden_layers)),
         has_cls=True,
         merge=_merge(config),
     )
@@ -79,7 +77,7 @@ def _layout(encoded: Encoded) -> list[VisualTokens]:
     pixels, merge = encoded.inputs["pixel_values"], encoded.tower.merge
     patch_h, patch_w = _pair(encoded.config.vision_config.patch_size)
     h, w = pixels.shape[-2] // patch_h, pixels.shape[-1] // patch_w
-    maps = {score: parts[0][:, 1:] for score, parts in encoded.raw.items()}  # CLS never becomes a visual token
+    maps = patch_maps(encoded)
     return [
         VisualTokens(
             features=tile,

@@ -12,23 +12,21 @@ from typing import Any
 
 import torch
 
-from vlmfast.families.base import Encoded, Family, Source, merged_raster
+from vlmfast.families.base import Encoded, Family, Source, feature_block, merged_raster
+from vlmfast.families.clip import check_call
 from vlmfast.towers import Grid, Tower, Vision, vit_flops
 from vlmfast.visual import VisualTokens
 
 
 def _tower(config: Any) -> Tower:
-    vision, layer = config.vision_config, config.vision_feature_layer
+    vision = config.vision_config
     if vision.model_type != "pixtral":
         raise NotImplementedError(f"mistral3 with a {vision.model_type} tower; supported: pixtral")
-    if not isinstance(layer, int):
-        raise NotImplementedError(f"mistral3 with several feature layers {layer}; supported: one, as an int")
-    depth = vision.num_hidden_layers
     return Tower(
-        depth=depth,
+        depth=vision.num_hidden_layers,
         heads=vision.num_attention_heads,
-        feature_layer=depth + layer if layer < 0 else layer - 1,
-        full_layers=tuple(range(depth)),
+        feature_layer=feature_block(config),
+        full_layers=tuple(range(vision.num_hidden_layers)),
         has_cls=False,
         merge=config.spatial_merge_size,
     )
@@ -70,6 +68,7 @@ def _packed(config: Any, inputs: Mapping[str, Any]) -> list[int]:
 
 
 def _layout(encoded: Encoded) -> list[VisualTokens]:
+    check_call(encoded)
     merge, grids = encoded.tower.merge, _grids(encoded.config, encoded.inputs)
     pixels, patch = encoded.inputs["pixel_values"], encoded.config.vision_config.patch_size
     patches = [h * w for h, w in grids]

@@ -13,9 +13,9 @@ Code:  https://github.com/dvlab-research/VisionZip (3151f6d)
 Shapes: s [N], keys [N, d] -> kept [K], features [K, D]. Per view, K and c shared out over the views by size.
 c is a share of the budget, or a number per picture: 10 of 64, 20 of 128 and 30 of 192 in the paper are 0.15625.
 
-What is averaged: where the projector works token by token, the tower's outputs, projected afterwards as in the
-official code; elsewhere (merged patches, pooling) the visual tokens as they come out of the projector. Contextual
-tokens carry no gradient.
+What is averaged: where the projector works token by token on one layer, the tower's outputs, projected afterwards as
+in the official code; elsewhere (merged patches, several layers) the visual tokens as they come out of the projector.
+Contextual tokens carry no gradient.
 
 Differs from the authors' code (`parity="official"` has the first three back, where such a projector and CLS exist):
 - a true mean; theirs adds the mean of the members to the target, a token about twice as long as the others;
@@ -39,6 +39,10 @@ from torch import Tensor
 from vlmfast.adapters.pruning.base import ClsPruner
 from vlmfast.families import Family, Tower
 from vlmfast.visual import Choice, Score, VisualTokens, apportion, budget, top, unit
+
+OFFICIAL = (
+    "visionzip:parity=official needs a CLS token and a projector that takes one layer of the tower token by token"
+)
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ def merge(features: Tensor, parts: Zip, official: bool = False) -> Tensor:
     return features[parts.targets] + member @ features / member.sum(1, keepdim=True).clamp_min(1)
 
 
+def _one_by_one(tower: Tower) -> bool:
+    """Whether a projector could make a visual token of one output of the tower (the family tells whether it does)."""
+    return tower.merge == 1 and tower.layers == 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(ClsPruner):
     """contextual: share of the budget (float) or tokens of a picture (int) that sum up what is dropped."""
@@ -110,10 +119,7 @@ class VisionZip(ClsPruner):
         """The official form needs a CLS token and a projector that works token by token."""
         super().check(family)
         if self.parity == "official" and (family.projector is None or not family.cls):
-            raise NotImplementedError(
-                f"visionzip:parity=official needs a CLS token and a projector that works token by token, which "
-                f"{family.name} does not have; the repaired form works there"
-            )
+            raise NotImplementedError(f"{OFFICIAL}, which {family.name} does not have")
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """CLS row (or the fallback), keys and, where patches are not merged, the output of the feature layer."""
@@ -122,8 +128,10 @@ class VisionZip(ClsPruner):
             "attention": Score(layer, "cls_row" if self.follows_cls(tower) else "column_mean"),
             "keys": Score(layer, "key"),
         }
-        if tower.merge == 1:
+        if _one_by_one(tower):
             scores["hidden"] = Score(layer, "hidden")
+        elif self.parity == "official":
+            raise NotImplementedError(OFFICIAL)
         if self.parity == "official":
             scores["cls"] = Score(layer, "cls_hidden")
         return scores
@@ -132,7 +140,7 @@ class VisionZip(ClsPruner):
         """Say what is averaged, and when the fallback is at work."""
         if self.parity == "official":
             what = "target + mean of its members (official), and the CLS token of every view is one of the kept"
-        elif tower.merge == 1:
+        elif _one_by_one(tower):
             what = "means of tower outputs, projected, where the projector works token by token; else of visual tokens"
         else:
             what = "means of visual tokens, after the projector"
@@ -177,7 +185,7 @@ class VisionZip(ClsPruner):
     def _official(self, visual: VisualTokens, parts: list[tuple[Tensor, int, int]]) -> Choice:
         """CLS, dominant, contextual of every view in turn, over as many places as there are such tokens."""
         if visual.project is None:
-            raise NotImplementedError("visionzip:parity=official needs a projector that works token by token")
+            raise NotImplementedError(OFFICIAL)
         kept, places, features = [], [], []
         for index, k, c in parts:
             if c == k:

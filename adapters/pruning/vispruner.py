@@ -10,8 +10,8 @@ Code:  https://github.com/Theia-4869/VisPruner (aefa01a)
     at odd places as their partners; drop the min(8, surplus) candidates with the largest cosine to any partner; the
     order is now candidates by that cosine, largest first, then partners
 
-Shapes: s [N], features h [N, C] (the tower's output before the projector; mean over the patches of a merged token)
--> kept [K]. Per view, the budget shared out by size.
+Shapes: s [N], features h [N, C] (the tower's output before the projector, of the deepest layer it takes; mean over
+the patches of a merged token) -> kept [K]. Per view, the budget shared out by size.
 
 NUMERICALLY CHAOTIC: hundreds of close cosines are sorted, and two that swap places change the parity of all behind
 them. On random features the 64 kept of 576 differ by 10 between fp32 and fp64, and by 26 when the features were

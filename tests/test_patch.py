@@ -68,9 +68,12 @@ def test_new_image_in_a_later_turn(vlm):
             fresh = greedy(vlm.model, {"input_ids": ids, "pixel_values": both})
             assert torch.equal(greedy(vlm.model, turn, past_key_values=cache), fresh)
             return
-        turn |= {"image_grid_thw": more["image_grid_thw"], "mm_token_type_ids": (ids == 90).long()}
-        with pytest.raises(NotImplementedError, match="fresh cache"):
-            greedy(vlm.model, turn, past_key_values=cache)
+        types = (ids == 90).long()
+        grids = torch.cat([inputs["image_grid_thw"], more["image_grid_thw"]])
+        pixels = torch.cat([inputs["pixel_values"], more["pixel_values"]])
+        fresh = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grids, "mm_token_type_ids": types}
+        turn |= {"image_grid_thw": more["image_grid_thw"], "mm_token_type_ids": types}
+        assert torch.equal(greedy(vlm.model, turn, past_key_values=cache), greedy(vlm.model, fresh))
 
 
 def test_a_reset_cache_forgets_the_old_prompt(vlm):

@@ -25,6 +25,7 @@ from transformers import Cache
 from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.encoding import IMAGES, PictureEncoder, Selector, renamed
 from vlmfast.families import Family, Positions
+from vlmfast.layer_tokens import PROMPT, Placed, Prompt
 from vlmfast.patching import HANDLE, ImageReport, Patch, PromptReport, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
 from vlmfast.visual import Choice, VisualTokens
@@ -38,11 +39,12 @@ KINDS = {"image": 1, "video": 2}  # what mm_token_type_ids say of placeholders
 @dataclass
 class _Row:
     """One prompt of the last batch: its text tokens and its pictures. No features: they would keep the whole graph of
-    a training step alive.
+    a training step alive. layers: visual tokens in each decoder layer, where these differ.
     """
 
     text: int
     pictures: list[ImageReport]
+    layers: tuple[int, ...] | None = None
 
 
 class Door:
@@ -59,6 +61,8 @@ class Door:
         self.pad = next(token for token in range(3) if token not in self.tokens.values())
         self.names = list(inspect.signature(patch.model.forward).parameters)
         self.last: list[_Row] = []
+        self.repeat = 1  # rows of the batch for each of them: beams, return sequences
+        self.tells = False  # whether the layers door wants to know of every prompt
         for name, source in self.family.sources.items():
             encoder = PictureEncoder(patch, name, list(dict.fromkeys(self.wanted.values())))
             patch.set(patch.base, source.encode, encoder)
@@ -82,7 +86,7 @@ class Door:
         self.check_pictures(kwargs)
         pictures = self._pictures(kwargs)
         if not pictures and state_of(cache) is None:
-            return (), kwargs
+            return (), self._telling(kwargs, Prompt(kwargs.get("attention_mask")))
         if kwargs.get("input_ids") is None:
             raise NotImplementedError("a patched model needs input_ids; inputs_embeds hide where the images are")
         return (), self.rewrite(kwargs, pictures)
@@ -139,7 +143,8 @@ class Door:
         held = 0 if cache is None else int(cache.get_seq_length())
         state = state_of(cache)
         if not pictures:
-            return self._later_tokens(kwargs, state, held)
+            kwargs = self._later_tokens(kwargs, state, held)
+            return self._telling(kwargs, Prompt(kwargs.get("attention_mask")))
         rows, new = ids.shape
         if state is not None:
             full = state.extend(mask, held, new)
@@ -151,6 +156,7 @@ class Door:
         keep, selected = self.select(ids, pictures, real)
         untouched = keep.all() and all(one.choice.features is None for some in selected.values() for one in some)
         if state is None and untouched:
+            kwargs = self._telling(kwargs, self._prompt(mask, kwargs.get("labels"), selected))
             return self._with_pictures(kwargs, {name: self._taken(name, one) for name, one in pictures.items()})
         positions = self.original_positions(kwargs, state, held, images=True)
         next_position = following(positions, real)
@@ -189,7 +195,43 @@ class Door:
             if layers and layers[0]:
                 output.deepstack_features = [list(layer) for layer in zip(*layers)]
             setattr(output, STATE, later)
+        kwargs = self._telling(kwargs, self._prompt(pruned, kwargs.get("labels"), selected, index, live))
         return self._with_pictures(kwargs, shorter)
+
+    def _telling(self, kwargs: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
+        """The arguments, with what the layers door wants to know where there is one."""
+        return {**kwargs, PROMPT: prompt} if self.tells else kwargs
+
+    def _prompt(
+        self,
+        mask: Tensor | None,
+        labels: Tensor | None,
+        selected: Mapping[str, list[Selected]],
+        index: Tensor | None = None,
+        live: Tensor | None = None,
+    ) -> Prompt:
+        """Where the pictures stand in the rewritten prompt.
+
+        index, live: columns [B, M] of the prompt as given that are left, and which are no padding; None: all are left.
+        """
+        prompt = Prompt(mask, labels, rows=self.last, repeat=self.repeat)
+        if not self.tells:
+            return prompt
+        place: Tensor | None = None
+        if index is not None and live is not None:
+            place = index.new_zeros(len(index), int(index.max()) + 1)
+            rows, places = live.nonzero(as_tuple=True)
+            place[rows, index[rows, places]] = places
+        numbers: dict[int, int] = {}
+        for one in sorted((one for some in selected.values() for one in some), key=lambda one: int(one.columns[0])):
+            columns = one.columns[one.stays().to(one.columns.device)]
+            token = one.tokens().to(columns.device)
+            if place is not None:
+                columns = place[one.row, columns]
+            number = numbers[one.row] = numbers.get(one.row, -1) + 1
+            there = token >= 0
+            prompt.pictures.append(Placed(one.row, number, one.visual, columns[there], token[there], columns[~there]))
+        return prompt
 
     def _later_tokens(self, kwargs: dict[str, Any], state: CacheState | None, held: int) -> dict[str, Any]:
         """Tokens without images on a cache that holds pruned prompts: decoding, or a further turn of text."""
@@ -256,6 +298,7 @@ class Door:
             repeat = max(repeat, len(selected[name]) // max(1, len(visuals)))
         together = sorted((one for some in selected.values() for one in some), key=lambda s: int(s.columns[0]))
         texts = [int(count) for count in text.sum(1)]
+        self.repeat = repeat
         # Beams and return sequences repeat a prompt: report it once.
         self.last = [
             _Row(texts[row], [one.report() for one in together if one.row == row])
@@ -280,18 +323,23 @@ class Door:
         question = text & after if bool((text & after).any()) else text
         return self.base.get_input_embeddings()(ids[question]).float()
 
-    def check_types(self, ids: Tensor | None, types: Tensor | None) -> None:
-        """Refuse prompts whose M-RoPE positions would silently be others. ids, types: [B, L], types maybe longer."""
+    def check_prompt(self, ids: Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Refuse prompts whose M-RoPE positions would silently be others. ids: [B, L], the last of the types'."""
+        types = kwargs.get("mm_token_type_ids")
         if types is None:
             raise ValueError(MISSING_TYPES)
-        if ids is None or types.shape[1] < ids.shape[1]:
-            return
         for name, token in self.tokens.items():
-            if not torch.equal(types[:, -ids.shape[1] :] == KINDS[name], ids == token):
+            here = ids == token
+            if not torch.equal(types[:, -ids.shape[1] :] == KINDS[name], here):
                 raise ValueError(
                     f"mm_token_type_ids must be {KINDS[name]} at the {name} placeholders {token} and nowhere else; "
                     "pass what the processor returns with these input_ids"
                 )
+            for need in self.family.sources[name].needs if bool(here.any()) else ():
+                if (grids := kwargs.get(need)) is None:
+                    raise ValueError(f"{need} is missing: the prompt has placeholders of a {name}")
+                if (tokens := int(grids.prod(-1).sum()) // self.tower.merge**2) != here.sum():
+                    raise ValueError(f"{need} tells of {tokens} tokens, the prompt has {here.sum()} placeholders")
 
     def original_positions(self, kwargs: dict[str, Any], state: CacheState | None, held: int, images: bool) -> Tensor:
         """Positions of the new tokens in the unpruned conversation: [B, L], or [3 or 4, B, L] for M-RoPE."""
@@ -307,7 +355,11 @@ class Door:
         flat = start.view(-1, 1) + torch.arange(new, device=ids.device)
         if not (self.family.mrope and images):
             return flat
-        self.check_types(ids, kwargs.get("mm_token_type_ids"))
+        if state is None and held:
+            raise ValueError(
+                f"a picture after {held} tokens in a cache: where its positions begin is not known, pass position_ids"
+            )
+        self.check_prompt(ids, kwargs)
         mask = kwargs.get("attention_mask")
         names = inspect.signature(self.base.get_rope_index).parameters
         others = {name: kwargs[name] for name in names if name.endswith(("_thw", "_ts")) and name in kwargs}
@@ -325,7 +377,9 @@ class Door:
             return report
         depth = self.config.get_text_config().num_hidden_layers
         prompts = tuple(
-            PromptReport(row.text, tuple(row.pictures), (sum(one.kept for one in row.pictures),) * depth)
+            PromptReport(
+                row.text, tuple(row.pictures), row.layers or (sum(one.kept for one in row.pictures),) * depth
+            )
             for row in self.last
         )
         notes = getattr(self.selector, "notes", lambda tower: ())(self.tower)
@@ -363,6 +417,8 @@ class PrepareInputs:
             pictures = {}  # already in the cache
         if kwargs.get("inputs_embeds") is not None or (not pictures and state is None):
             inputs = self.original(input_ids, next_sequence_length=next_sequence_length, **kwargs)
+            if first and self.door.tells:
+                inputs[PROMPT] = Prompt(kwargs.get("attention_mask"))
             return {**inputs, DONE: True}
         if next_sequence_length is not None:
             start = input_ids.shape[1] - next_sequence_length
@@ -370,7 +426,10 @@ class PrepareInputs:
                 start += state.dropped  # generate counted the cache's columns as if nothing had been dropped
             input_ids = input_ids[:, start:]
         call = self.door.rewrite({**kwargs, "input_ids": input_ids}, pictures, cache_holds_state=True)
+        prompt = call.pop(PROMPT, None)
         inputs = self.original(call.pop("input_ids"), next_sequence_length=None, **call)
+        if prompt is not None and (first or prompt.pictures):
+            inputs[PROMPT] = prompt
         return {**inputs, DONE: True}
 
 
@@ -393,27 +452,33 @@ class Generate:
             raise ValueError("right padding in generate: set processor.tokenizer.padding_side = 'left'")
         given = any(kwargs.get(source.pixels) is not None for source in self.door.family.sources.values())
         images = given or bool(present(kwargs.get("mm_encoder_outputs")))
-        if images and self.door.family.mrope:
-            self.door.check_types(ids, kwargs.get("mm_token_type_ids"))
         if outputs := kwargs.get("mm_encoder_outputs"):  # beams expand these in place: not in the caller's object
             kwargs["mm_encoder_outputs"] = {name: shallow(output) for name, output in present(outputs).items()}
         state = state_of(kwargs.get("past_key_values"))
-        if state is not None and ids is not None:
-            self._continue(state, ids, images, kwargs)
+        if ids is not None and self.door.family.mrope and kwargs.get("position_ids") is None:
+            if state is not None:
+                self._continue(state, ids, images, kwargs)
+            elif images:
+                self.door.check_prompt(ids, kwargs)
         return self.original(*args, **kwargs)
 
     def _continue(self, state: CacheState, ids: Tensor, images: bool, kwargs: dict[str, Any]) -> None:
-        """A further turn on a pruned cache: positions go on where the unpruned conversation would."""
-        if self.door.family.mrope and images:
-            raise NotImplementedError("a new image in a later turn on a pruned cache: start a fresh cache")
-        if kwargs.get("position_ids") is not None or not self.door.family.mrope:
-            return
+        """A further turn on a pruned cache: positions go on where the unpruned conversation would.
+
+        Grids and pixels are those of the new pictures alone: what the cache holds is not encoded again.
+        """
         held = int(kwargs["past_key_values"].get_seq_length())
         counted = held + state.dropped
         mask = kwargs.get("attention_mask")
         whole = mask is None or mask.shape[1] == ids.shape[1]
         new = ids.shape[1] - counted if whole else ids.shape[1]
-        start = state.following + held - state.mask.shape[1]
-        kwargs["position_ids"] = start.view(-1, 1) + torch.arange(new, device=ids.device)
-        for name in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
-            kwargs.pop(name, None)  # they tell of images that are in the cache already
+        if new < 1:
+            raise ValueError(
+                f"{ids.shape[1]} input_ids for a conversation of {counted}: pass all of it with the new tokens, or "
+                "the new tokens with the attention_mask of all"
+            )
+        call = {**kwargs, "input_ids": ids[:, -new:]}
+        kwargs["position_ids"] = self.door.original_positions(call, state, held, images)
+        if not images:
+            for name in ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+                kwargs.pop(name, None)  # they tell of pictures that are in the cache already

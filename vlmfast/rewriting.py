@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vlmfast.patching import ImageReport
 from vlmfast.visual import Choice, VisualTokens
+
+
+class Span(Protocol):
+    """A picture in a sequence: row of the batch, its columns [n] ascending, and which of them stay."""
+
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def columns(self) -> Tensor: ...
+
+    def stays(self) -> Tensor:
+        """Indices into `columns`, ascending."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,17 @@ class Selected:
             newline[visual.slots] = False
             keep |= newline
         return keep.nonzero().flatten()
+
+    def tokens(self) -> Tensor:
+        """Which visual token stands at each place that stays, -1 for a newline. [M]"""
+        visual, stays = self.visual, self.stays()
+        if self.choice.slots is not None and len(self.choice.kept) == len(stays):
+            return self.choice.kept
+        if visual.slots is None:
+            return stays
+        token = torch.full((visual.span,), -1, device=stays.device)
+        token[visual.slots.to(stays.device)] = torch.arange(len(visual), device=stays.device)
+        return token[stays]
 
     def features(self) -> Tensor:
         """What stands at the places that stay. [M, D]"""
@@ -118,7 +144,7 @@ def rows_of_images(places: Sequence[int], sizes: Sequence[int]) -> list[tuple[in
     return pairs
 
 
-def compact(positions: Tensor, keep: Tensor, selected: Sequence[Selected]) -> tuple[Tensor, Tensor]:
+def compact(positions: Tensor, keep: Tensor, selected: Sequence[Span]) -> tuple[Tensor, Tensor]:
     """Renumber without gaps. -> (positions, shift [B]: how far the text after the images moved)
 
     One axis: a position falls by the number of tokens dropped before it. M-RoPE: inside a picture, or a run of it (a

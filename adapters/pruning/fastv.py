@@ -1,0 +1,53 @@
+"""FastV: behind an early decoder layer, keep the visual tokens that the prompt's last token attends to.
+
+Paper: An Image is Worth 1/2 Tokens After Layer 2 (Chen et al., ECCV 2024), arXiv:2403.06764
+Code:  https://github.com/pkunlp-icler/FastV (d1659729)
+
+    s_j = mean_h A[h, last, j]      attention of layer K - 1, j among the visual tokens
+    the `keep` largest enter layer K, in the order of the prompt, at their original positions
+
+Shapes: row of the last query [N + T] -> s [N] -> kept [budget]. Text always stays. Default: K = 2 (0-based), keep half.
+
+The paper says "the average attention a token receives from all others"; its code takes the last query's row, and so
+does this. Differs from the authors' code: any number of pictures, anywhere in the prompt, each with a budget of its own
+(theirs: one slice with hand-set bounds, row 0 of the batch); the row is computed beside the model's own attention
+kernel, in fp32 (theirs: eager attention everywhere, the model's dtype); equal scores go by index. The number kept is
+round(keep N), halves to even, as in theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vlmfast.adapters.pruning.layered import LayerPruner
+from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.visual import budget, top
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(LayerPruner):
+    """layer: the decoder layer (0-based) that gets `keep` of the tokens; the one before it gives the scores."""
+
+    name = "fastv"
+    summary = "top visual tokens by the last token's attention in an early decoder layer"
+    paper = "arXiv:2403.06764"
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise ValueError(f"layer={self.layer!r}: a decoder layer, 1 or more (0-based)")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """One cut."""
+        return (self.layer,)
+
+    def asks(self, layer: int) -> Mapping[str, LayerScore]:
+        """The last query's row in the layer before."""
+        return {"attention": LayerScore(queries="last")}
+
+    def cut(self, tokens: LayerTokens) -> Cut:
+        """Scores [n] -> kept [keep]."""
+        k = budget(self.keep, tokens.total) if tokens.keep is None else tokens.keep
+        return Cut(top(tokens.scores["attention"], k).sort().values)

@@ -1,0 +1,101 @@
+"""LayerPruner: the base of the methods that drop visual tokens inside the language model (door 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.adapter import Adapter
+from vlmfast.families import Positions
+from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.layers import LayersDoor
+from vlmfast.patching import Patch
+from vlmfast.towers import Picture
+from vlmfast.visual import budget, check_keep
+
+
+def numbers(text: Any, name: str, kind: type = int) -> tuple[Any, ...]:
+    """A setting that is a list, written with slashes: "8/16/24" -> (8, 16, 24). A single number stands for itself.
+
+    Raises ValueError that says how it is written.
+    """
+    try:
+        return tuple(kind(part) for part in str(text).split("/"))
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: numbers joined by slashes, such as 8/16/24") from error
+
+
+def scaled(layers: Sequence[int], of: int, depth: int) -> tuple[int, ...]:
+    """Layers of a decoder with `of` layers at the same share of `depth`, each at least one behind the one before.
+
+    Raises ValueError where there are too few layers.
+    """
+    found: list[int] = []
+    for layer in layers:
+        found.append(max(1 if not found else found[-1] + 1, round(layer * depth / of)))
+    if found[-1] >= depth:
+        raise ValueError(f"{len(layers)} cuts in a decoder with {depth} layers: set the layers by hand")
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPruner(Adapter):
+    """Drop visual tokens between decoder layers.
+
+    keep: what is left of a picture after the last cut; a float in (0, 1] is the share of the visual tokens that reach
+    the language model, an int their number per picture. positions: "original" keeps the position ids of kept tokens,
+    "compact" renumbers after each cut without gaps; None: what the official code does (`authors`).
+
+    A method implements `layers`, `left`, `asks` and `cut` (see `vlmfast.layer_tokens.LayerSelector`).
+    """
+
+    kind: ClassVar[str] = "pruning"
+    inside: ClassVar[bool] = True
+    authors: ClassVar[Positions] = "original"
+    keep: float | int = 0.5
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.positions not in (None, "original", "compact"):
+            raise ValueError(f"positions={self.positions!r}: choose 'original' or 'compact'")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """Before which of the decoder's layers tokens are dropped, ascending."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement layers")
+
+    def left(self, layer: int, total: int, depth: int) -> int | None:
+        """How many of a picture's `total` tokens enter `layer`; None: decided only there."""
+        return budget(self.keep, total)
+
+    def asks(self, layer: int) -> Mapping[str, LayerScore]:
+        """Statistics needed to cut before `layer`."""
+        return {}
+
+    def raters(self, visual: Tensor, question: Tensor) -> Tensor:
+        """Which tokens of the question rate: all. [N, D], [T, D] -> [R]"""
+        return torch.arange(len(question), device=question.device)
+
+    def cut(self, tokens: LayerTokens) -> Cut:
+        """What stays of one picture."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement cut")
+
+    def visual_per_layer(self, picture: Picture, depth: int) -> Sequence[int]:
+        """Whole until the first cut, then what each leaves. Newlines go as soon as a token goes."""
+        held, total = picture.span, []
+        cuts = self.layers(depth)
+        for layer in range(depth):
+            if layer in cuts:
+                left = self.left(layer, picture.tokens, depth)
+                if left is not None and left < picture.tokens:
+                    held = left
+            total.append(held)
+        return total
+
+    def attach(self, patch: Patch) -> None:
+        """Install door 2, and door 1 in front of it where no method has."""
+        LayersDoor(patch, self, self.positions or self.authors)

@@ -145,7 +145,9 @@ def feature_block(config: Any) -> int:
     """
     layer, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(layer, int):
-        raise NotImplementedError(f"{config.model_type} with several feature layers {layer}; supported: one, as an int")
+        raise NotImplementedError(
+            f"{config.model_type} with several feature layers {layer}; supported: one, as an int"
+        )
     block = depth + layer if layer < 0 else layer - 1  # hidden state 0 is the embedding
     if not 0 <= block < depth:
         raise NotImplementedError(

@@ -85,7 +85,7 @@ class PictureEncoder:
         for score, module in self.places.items():
             wanted.setdefault(id(module), []).append(score)
         taps = Taps(wanted)
-        inputs = renamed(inspect.signature(self.original).bind(*args, **kwargs).arguments, self.source)
+        inputs = renamed(inspect.signature(self.original).bind_partial(*args, **kwargs).arguments, self.source)
         missing = [name for name in self.source.needs if inputs.get(name) is None]
         if missing:
             raise ValueError(f"{missing[0]} is missing beside {self.source.pixels}: pass all the processor returns")

@@ -34,7 +34,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlavaCon
 import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.attention import attention_rows, statistic
-from vlmfast.cost import CONVENTION, Cost, prompt_cost
+from vlmfast.cost import CONVENTION, Cost
 from vlmfast.encoding import encode_images
 from vlmfast.eval import testbed
 from vlmfast.eval.environment import describe
@@ -55,6 +55,8 @@ from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.testbed.scenes import scene
 from vlmfast.families import family_of
+from vlmfast.solving import cost_of, size_of, tower_scores
+from vlmfast.towers import Picture
 from vlmfast.visual import Score
 
 TEXT = 48  # text tokens of the prompts for models with random weights
@@ -235,6 +237,11 @@ class Shortened:
     cost: Cost
     scores: tuple[Score, ...]
 
+    @property
+    def length(self) -> int:
+        """Tokens that enter the first layer."""
+        return int(self.inputs["inputs_embeds"].shape[1])
+
 
 def measure_specs(
     model: Any, inputs: Inputs, specs: Sequence[str], *, repeats: int, threads: int, warmup: int = 1
@@ -246,11 +253,9 @@ def measure_specs(
     text = {name: value for name, value in inputs.items() if name not in images or name == "image_grid_thw"}
     base = model.base_model
     visuals = encode_images(model, [], **images)
-    merge = family_of(model).tower(model.config).merge
-    grids = [(v.grid[0], v.grid[1] * merge, v.grid[2] * merge) for v in visuals]
-    counts = [len(v) for v in visuals]
-    n_text = inputs["input_ids"].shape[1] - sum(counts)
-    full = prompt_cost(model.config, text=n_text, images=grids)
+    pictures = [size_of(visual) for visual in visuals]
+    n_text = inputs["input_ids"].shape[1] - sum(picture.span for picture in pictures)
+    full = cost_of(model.config, (), n_text, pictures)
 
     def encode() -> Any:
         return base.get_image_features(**images, return_dict=True)
@@ -258,9 +263,7 @@ def measure_specs(
     def forward(encoded: Any) -> Any:
         return model(**text, mm_encoder_outputs={"image": encoded}, use_cache=True, logits_to_keep=1)
 
-    short = {
-        spec: _shorten(model, spec, lambda: forward(encode()), n_text, grids, counts) for spec in dict.fromkeys(specs)
-    }
+    short = {spec: _shorten(model, spec, lambda: forward(encode()), n_text, pictures) for spec in dict.fromkeys(specs)}
 
     def patched(spec: str | None) -> AbstractContextManager[Any]:
         return nullcontext() if spec is None else vlmfast.patch(model, spec)
@@ -282,11 +285,12 @@ def measure_specs(
     def on_short(shortened: Shortened) -> Callable[[Any], Any]:
         return lambda _: model(**shortened.inputs, use_cache=True, logits_to_keep=1)
 
-    # Specs that keep equally many tokens share an oracle: its time does not depend on which tokens they are.
-    oracles = {s.kept: s for s in short.values()}
+    # Specs that keep equally many tokens share an oracle: its time does not depend on which tokens they are. A method
+    # inside the language model has the whole prompt as its oracle, and its gain there.
+    oracles = {s.length: s for s in short.values()}
     variants = {"unpatched": stages(None, forward)}
     variants |= {f"patched {spec}": stages(spec, forward) for spec in short}
-    variants |= {f"oracle {kept}": stages(None, on_short(s)) for kept, s in oracles.items()}
+    variants |= {f"oracle {length}": stages(None, on_short(s)) for length, s in oracles.items()}
     times = {name: _columns(values) for name, values in interleave(variants, repeats=repeats, warmup=warmup).items()}
 
     def decoding(spec: str | None) -> Callable[[], float]:
@@ -307,7 +311,7 @@ def measure_specs(
     rows = []
     for spec in specs:
         s = short[spec]
-        mine, oracle, plain = times[f"patched {spec}"], times[f"oracle {s.kept}"], times["unpatched"]
+        mine, oracle, plain = times[f"patched {spec}"], times[f"oracle {s.length}"], times["unpatched"]
         promised = {
             "prefill": (full.prefill + full.head) / (s.cost.prefill + s.cost.head),
             "total": full.total_prefill / s.cost.total_prefill,
@@ -324,7 +328,7 @@ def measure_specs(
                 "clock": clock.name,
                 "repeats": repeats,
                 "text_tokens": n_text,
-                "visual_tokens": sum(counts),
+                "visual_tokens": sum(picture.tokens for picture in pictures),
                 "kept": sum(s.kept),
                 "unpatched_ms": _spreads(plain) | {"decode_per_token": asdict(Spread.of(decode["unpatched"]))},
                 "patched_ms": _spreads(mine) | {"decode_per_token": asdict(Spread.of(decode[f"patched {spec}"]))},
@@ -354,8 +358,7 @@ def _shorten(
     spec: str,
     run: Callable[[], Any],
     text: int,
-    grids: Sequence[tuple[int, int, int]],
-    counts: Sequence[int],
+    pictures: Sequence[Picture],
 ) -> Shortened:
     """Run the patched model once and note what its language model is given."""
     seen: list[Inputs] = []
@@ -364,19 +367,19 @@ def _shorten(
     try:
         with vlmfast.patch(model, spec) as handle, torch.no_grad():
             logits = run().logits
-            # A method that leaves the visual tokens alone, such as none, reports no images.
-            kept = tuple(image.kept for image in handle.report().images) or tuple(counts)
-            wanted = [a.wanted(handle.patch.tower) for a in handle.adapters if hasattr(a, "wanted")]
+            report, methods = handle.report(), handle.adapters
     finally:
         hook.remove()
-    scores = tuple(dict.fromkeys(score for scores in wanted for score in scores.values()))
+    # A method that leaves the visual tokens alone, such as none, reports no prompts.
+    kept = tuple(image.kept for image in report.images) or tuple(picture.tokens for picture in pictures)
+    per_layer = report.prompts[0].per_layer if report.prompts else None
     names = ("inputs_embeds", "position_ids", "attention_mask")
     return Shortened(
         inputs={name: seen[0][name] for name in names if seen[0].get(name) is not None},
         logits=logits,
         kept=kept,
-        cost=prompt_cost(model.config, text=text, images=grids, kept=kept, scores=scores),
-        scores=scores,
+        cost=cost_of(model.config, methods, text, pictures, per_layer),
+        scores=tuple(tower_scores(model.config, methods)),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import vlmfast
 from vlmfast.adapters import from_spec
-from vlmfast.cost import CONVENTION, prompt_cost
+from vlmfast.cost import CONVENTION
 from vlmfast.encoding import encode_images, encoder_outputs
 from vlmfast.eval.environment import describe
 from vlmfast.eval.latency import Clock, generation, interleave, measure, ratio, use_threads
@@ -29,7 +29,7 @@ from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
 from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, sole_writer, write_result
 from vlmfast.eval.tasks import TASKS, Doc, image
-from vlmfast.families import family_of
+from vlmfast.solving import cost_of, size_of
 from vlmfast.visual import VisualTokens
 
 UNPATCHED = "none"
@@ -92,6 +92,7 @@ class Sweep:
         self.job = job
         self.model, processor = load_model(job.model, device=job.device, dtype=job.dtype)
         self.prompts = Prompts(processor, self.model.device, self.model.dtype)
+        self.depth = self.model.config.get_text_config().num_hidden_layers
         self.tasks = {name: TASKS[name] for name in job.hashes}
         self.docs = [doc for task in self.tasks.values() for doc in task.load(job.limit, job.seed)]
         self.scenes = list(dict.fromkeys(doc.scene for doc in self.docs))
@@ -188,7 +189,7 @@ class Sweep:
         )
         new = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.prompts.tokenizer.batch_decode(new, skip_special_tokens=True)
-        kept = self._kept(pictures, handle)
+        kept, layers = self._kept(pictures, handle)
         seconds = (time.perf_counter() - start) / len(batch)
         return [
             {
@@ -198,20 +199,28 @@ class Sweep:
                 "answer": text.strip(),
                 "tokens": length,
                 "kept": len(indices),
+                **({"layers": held} if set(held) != {len(indices)} else {}),
                 **({"indices": indices, "grid": visual.grid} if doc in self.samples else {}),
                 "seconds": round(seconds, 5),
             }
-            for doc, text, length, indices, (visual, _) in zip(batch, texts, self._lengths(new), kept, pictures)
+            for doc, text, length, indices, held, (visual, _) in zip(
+                batch, texts, self._lengths(new), kept, layers, pictures
+            )
         ]
 
-    def _kept(self, pictures: Sequence[tuple[VisualTokens, Any]], handle: Any) -> list[list[int]]:
-        """The kept indices of each row's picture, as the handle reports them about the batch just answered."""
-        kept = [indices.tolist() for indices in handle.report().kept]
+    def _kept(
+        self, pictures: Sequence[tuple[VisualTokens, Any]], handle: Any
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Each row's kept indices, and the visual tokens in each decoder layer, as reported of the batch answered."""
+        report = handle.report()
+        kept = [indices.tolist() for indices in report.kept]
+        layers = [list(prompt.per_layer) for prompt in report.prompts]
         if handle.spec == UNPATCHED:
             kept = [list(range(len(visual))) for visual, _ in pictures]
-        if len(kept) != len(pictures):
+            layers = [[visual.span] * self.depth for visual, _ in pictures]
+        if not len(kept) == len(layers) == len(pictures):
             raise RuntimeError(f"the report tells of {len(kept)} pictures, the batch has {len(pictures)}")
-        return kept
+        return kept, layers
 
     def _lengths(self, new: Tensor) -> list[int]:
         """How many tokens each answer took, its end token included. new: [B, T]"""
@@ -290,34 +299,37 @@ class Sweep:
         }
 
     def cost(self, spec: str, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The analytic cost, mean over all prompts; `decode` counts the tokens that were really generated."""
-        config = self.model.config
-        tower = family_of(self.model).tower(config)
-        wanted = [list(method.wanted(tower).values()) for method in from_spec(spec) if hasattr(method, "wanted")]
-        scores = list(dict.fromkeys(score for some in wanted for score in some))
+        """The analytic cost, mean over all prompts; `decode` counts the tokens that were really generated.
+
+        `visual_tokens` is what is left of a picture in the end, `visual_tokens_per_layer` what each layer holds.
+        """
+        config, methods = self.model.config, from_spec(spec)
         prompts: Counter[tuple[Any, ...]] = Counter()
+        kept = before = 0
         for doc in self.docs:
-            visual, others = self.pictures[doc.scene]
-            grid = tuple(others["image_grid_thw"][0].tolist()) if "image_grid_thw" in others else visual.grid
-            text = len(self.row(doc)["input_ids"]) - len(visual)
+            visual, _ = self.pictures[doc.scene]
             record = records[doc.id]
-            prompts[text, grid, len(visual), record["kept"], record["tokens"]] += 1
+            layers = tuple(record.get("layers") or [record["kept"]] * self.depth)
+            text = len(self.row(doc)["input_ids"]) - visual.span
+            prompts[text, size_of(visual), layers, record["tokens"]] += 1
+            kept += record["kept"]
+            before += len(visual)
         sums: Counter[str] = Counter()
-        for (text, grid, tokens, kept, generated), times in prompts.items():
-            cost = prompt_cost(config, text=text, images=[grid], kept=[kept], generated=generated, scores=scores)
+        held = [0] * self.depth
+        for (text, size, layers, generated), times in prompts.items():
+            cost = cost_of(config, methods, text, [size], layers, generated)
             for part in PARTS:
                 sums[part] += times * getattr(cost, part)
-            sums["unpatched"] += times * prompt_cost(config, text=text, images=[grid]).total_prefill
-            sums["kept"] += times * kept
-            sums["before"] += times * tokens
-        mean = {name: total / len(self.docs) for name, total in sums.items()}
+            sums["unpatched"] += times * cost_of(config, (), text, [size]).total_prefill
+            held = [total + times * number for total, number in zip(held, layers)]
+        n = len(self.docs)
         return {
             "convention": CONVENTION,
-            **{part: round(mean[part]) for part in PARTS},
+            **{part: round(sums[part] / n) for part in PARTS},
             "share_of_unpatched": sums["total_prefill"] / sums["unpatched"],
-            "visual_tokens": mean["kept"],
-            "visual_tokens_before": mean["before"],
-            "visual_tokens_per_layer": [mean["kept"]] * config.get_text_config().num_hidden_layers,
+            "visual_tokens": kept / n,
+            "visual_tokens_before": before / n,
+            "visual_tokens_per_layer": [total / n for total in held],
         }
 
     def latency(self, spec: str) -> dict[str, Any]:

@@ -486,8 +486,8 @@ def test_wrong_folders(folders, tmp_path):
     GPT2Config().save_pretrained(broken)
     with pytest.raises(ValueError, match="a 'gpt2' model, which takes no images"):
         model_folder(str(broken))
-    (broken / "config.json").write_text('{"model_type": "idefics3"}')
-    with pytest.raises(NotImplementedError, match="family 'idefics3'; vlmfast supports llava"):
+    (broken / "config.json").write_text('{"model_type": "kosmos-2"}')
+    with pytest.raises(NotImplementedError, match="family 'kosmos-2'; vlmfast supports llava"):
         model_folder(str(broken))
 
 

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vlmfast.adapter import Adapter
-from vlmfast.cost import nominal_grid, prompt_cost, visual_tokens
+from vlmfast.cost import Cost, nominal_grid, prompt_cost, visual_tokens
 from vlmfast.decoders import Decoder, decoder
 from vlmfast.families import family_of
 from vlmfast.towers import Picture
-from vlmfast.visual import Score
+from vlmfast.visual import Score, VisualTokens
 
 NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
 NOMINAL_VIDEO = (8, 36, 36)  # patches (t, h, w)
@@ -33,6 +33,12 @@ def nominal(config: Any, modality: str = "image") -> Picture:
     grid = nominal_grid(config) if modality == "image" else NOMINAL_VIDEO
     tokens = visual_tokens(config, grid)
     return Picture(patches=grid, tokens=tokens, span=tokens, frames=grid[0] if modality == "video" else 1)
+
+
+def size_of(visual: VisualTokens) -> Picture:
+    """The sizes of a picture that was encoded."""
+    frames = sum(view.kind == "frame" for view in visual.views) or 1
+    return Picture(patches=visual.patches, tokens=len(visual), span=visual.span, frames=frames)
 
 
 def tower_scores(config: Any, adapters: Sequence[Adapter]) -> list[Score]:
@@ -60,13 +66,37 @@ def apply(adapters: Sequence[Adapter], picture: Picture, text: int, model: Decod
     return layers, own
 
 
+def cost_of(
+    config: Any,
+    adapters: Sequence[Adapter],
+    text: int,
+    pictures: Sequence[Picture],
+    per_layer: Sequence[int] | None = None,
+    generated: int = 0,
+) -> Cost:
+    """Cost of a prompt under methods, their statistics and own products included.
+
+    text: text tokens. per_layer: visual tokens that the prompt holds in every decoder layer; None: all, as without
+    methods. generated: tokens to generate.
+    """
+    model = decoder(config)
+    return prompt_cost(
+        config,
+        text=text,
+        images=[picture.patches for picture in pictures],
+        tokens=[picture.span for picture in pictures],
+        generated=generated,
+        scores=tower_scores(config, adapters),
+        selection=sum(apply(adapters, picture, text, model)[1] for picture in pictures),
+        visual_per_layer=per_layer,
+    )
+
+
 def share_of(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int = NOMINAL_TEXT) -> float:
     """FLOPs until the first token (X2, tower and selection included) over those of the unpatched model."""
-    layers, own = apply(adapters, picture, text, decoder(config))
-    about: dict[str, Any] = {"text": text, "images": [picture.patches], "tokens": [picture.span]}
-    scores = tower_scores(config, adapters)
-    patched = prompt_cost(config, **about, scores=scores, selection=own, visual_per_layer=layers)
-    return patched.total_prefill / prompt_cost(config, **about).total_prefill
+    layers, _ = apply(adapters, picture, text, decoder(config))
+    patched = cost_of(config, adapters, text, [picture], layers)
+    return patched.total_prefill / cost_of(config, (), text, [picture]).total_prefill
 
 
 class Prompt(Protocol):
@@ -79,19 +109,11 @@ class Prompt(Protocol):
 
 def prompts_share(config: Any, adapters: Sequence[Adapter], prompts: Sequence[Prompt]) -> float:
     """As `share_of`, for prompts that ran: with what their layers really held."""
-    scores, model = tower_scores(config, adapters), decoder(config)
     patched = plain = 0
     for prompt in prompts:
         sizes = [picture.size for picture in prompt.pictures]
-        about: dict[str, Any] = {
-            "text": prompt.text,
-            "images": [size.patches for size in sizes],
-            "tokens": [size.span for size in sizes],
-        }
-        own = sum(apply(adapters, size, prompt.text, model)[1] for size in sizes)
-        cost = prompt_cost(config, **about, scores=scores, selection=own, visual_per_layer=prompt.per_layer)
-        patched += cost.total_prefill
-        plain += prompt_cost(config, **about).total_prefill
+        patched += cost_of(config, adapters, prompt.text, sizes, prompt.per_layer).total_prefill
+        plain += cost_of(config, (), prompt.text, sizes).total_prefill
     return patched / plain
 
 

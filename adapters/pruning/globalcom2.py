@@ -151,20 +151,15 @@ class GlobalCom2(ClsPruner):
         """CLS logits of the last layer; nothing of the tower with the fallback."""
         return {"logits": Score(tower.depth - 1, "cls_row", softmax=False)} if self.follows_cls(tower) else {}
 
-    def notes(self, tower: Tower) -> tuple[str, ...]:
-        """Say when fewer tokens than `keep` may stay."""
-        about = super().notes(tower)
-        if self.parity == "repaired":
-            return about
-        return (*about, f"{self.name}: every view rounded down (parity=official), fewer tokens than keep")
-
     def remarks(self, pictures: Sequence[ImageReport]) -> tuple[str, ...]:
-        """Say where there were no crops to compare."""
-        single = sum(_parts(picture.views) is None for picture in pictures if picture.kept < picture.n)
-        about = super().remarks(pictures)
-        if not single:
-            return about
-        return (*about, f"{self.name}: {single} picture(s) without thumbnail and crops, pruned by score alone")
+        """Say where there were no crops to compare, and where fewer tokens than `keep` may have stayed."""
+        about, pruned = list(super().remarks(pictures)), [picture for picture in pictures if picture.kept < picture.n]
+        single = sum(_parts(picture.views) is None for picture in pruned)
+        if single:
+            about.append(f"{self.name}: {single} picture(s) without thumbnail and crops, pruned by score alone")
+        if self.parity == "official" and len(pruned) > single:
+            about.append(f"{self.name}: parity=official rounds every view down, fewer tokens than keep")
+        return tuple(about)
 
     def score(self, visual: VisualTokens) -> Tensor:
         """a of the equation, fp32 [N]."""

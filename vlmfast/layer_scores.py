@@ -36,8 +36,8 @@ def measure(
 ) -> Tensor:
     """One statistic for one prompt. -> [K - start], or [R, K - start], [H, K - start]
 
-    query: places [r] -> queries [1, H, r, d]; rows: [R] places among the new tokens; key: [1, H_kv, K, d], of which the
-    last K - start are the new tokens'; mask: None (causal), [1, K] bool of real keys, or [1, 1, Q, K] bool or additive.
+    query: places [r] -> queries [1, H, r, d]; rows: [R] places among the new tokens; key: [1, H_kv, K, d], whose last
+    K - start are the new tokens'; mask: None (causal), [1, K] bool of real keys, or [1, 1, Q, K] bool or additive.
     """
     if score.kind == "key_norm":
         return key[0, :, start:].float().abs().sum(dim=(0, 2))

@@ -66,14 +66,15 @@ class LayerTokens:
 class Cut:
     """What stays of the tokens of a picture.
 
-    kept: [K] ascending, places among the n tokens that stay. merge: [n] the place (0..K-1) whose mean each token joins,
-    -1 for none; None: every kept token stays itself. index: [K] which of the picture's own tokens stands at each place;
-    None: that of the token kept.
+    kept: [K] ascending, which of the n tokens stay. merge: [n] the place (0..K-1) whose mean each token joins, -1 for
+    none; None: every kept token stays itself. index: [K] which of the picture's own tokens stands at each place; None:
+    the token kept there. final: no token of this picture goes later, so that the method need not be asked.
     """
 
     kept: Tensor
     merge: Tensor | None = None
     index: Tensor | None = None
+    final: bool = False
 
 
 class LayerSelector(Protocol):

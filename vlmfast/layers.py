@@ -27,7 +27,7 @@ from vlmfast.inputs import Door
 from vlmfast.layer_cache import LAYERS, LayerState, Stage, later_mask, layer_state, prompt_mask, sizes, window_of
 from vlmfast.layer_scores import Asked, LayerTaps, OwnAttention, measure, plain
 from vlmfast.layer_tokens import PROMPT, Cut, LayerSelector, LayerTokens, Placed, Prompt
-from vlmfast.patching import HANDLE, Patch
+from vlmfast.patching import HANDLE, Patch, Report
 from vlmfast.rewriting import compact, gather_index
 from vlmfast.towers import Tower
 from vlmfast.visual import Choice, Score, VisualTokens
@@ -69,6 +69,7 @@ class LayersDoor:
         if inputs.tells:
             raise NotImplementedError("two methods that drop tokens between decoder layers cannot be combined")
         inputs.tells = True
+        patch.model.__dict__[HANDLE].reporters.append(self)
         self.types = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
         scored = [cut - 1 for cut in self.cuts if any(not score.own for score in selector.asks(cut).values())]
         tap(patch, [decoder.layers[layer].self_attn for layer in dict.fromkeys(scored)])
@@ -127,7 +128,7 @@ class LayersDoor:
             if prefill.active:
                 if state is not None:
                     raise NotImplementedError(
-                        "a new picture in a later turn, on a cache whose layers hold different tokens: start a fresh one"
+                        "a new picture in a later turn on a cache whose layers hold different tokens: use a fresh one"
                     )
                 stacked = len(kwargs.get("deepstack_visual_embeds") or ())
                 if self.cuts[0] < stacked:
@@ -156,6 +157,11 @@ class LayersDoor:
         output.last_hidden_state = one.spread(output.last_hidden_state)
         return output
 
+    def report(self, report: Report) -> Report:
+        """Add what the method has to say about the pictures of the last prompts."""
+        remarks = getattr(self.selector, "remarks", lambda pictures: ())(report.images)
+        return dataclasses.replace(report, notes=(*report.notes, *remarks))
+
 
 @dataclass(frozen=True)
 class Enter:
@@ -164,7 +170,7 @@ class Enter:
     number: int
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand the layer what it is to work on. Hidden states stay positional: checkpoints and recorders count on it."""
+        """Hand the layer what it works on. Hidden states stay positional: checkpoints and recorders count on it."""
         one: Prefill | Later | None = kwargs.get(PASS)
         if one is None:
             return None
@@ -221,15 +227,13 @@ class _Moving:
     others: Tensor
     left: dict[int, int | None]  # how many are to enter each cut layer
     merged: bool = False
+    stays: Tensor | None = None  # at the current cut: which of `columns` and then `others`, bool
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def row(self) -> int:
+        """Of the batch."""
         return self.placed.row
-
-    def stays(self) -> Tensor:
-        """For `rewriting.compact`: the places that stay at the current cut, newlines behind them."""
-        return self.memory["stays"]
 
 
 class Prefill:
@@ -442,9 +446,11 @@ class Prefill:
                 keep[one.row, one.columns[gone]] = False
                 keep[one.row, one.others] = False  # newlines of rows that are no longer whole
                 stays[len(gone) :] = False
-            one.memory["stays"] = stays.nonzero().flatten()
+            one.stays = stays
             index = one.index[kept] if cut is None or cut.index is None else cut.index.to(one.index.device)
             one.index = index
+            if cut is not None and cut.final:
+                one.left = dict.fromkeys(one.left, len(kept))
             places.append(kept)
         if not dropped:
             return hidden
@@ -477,10 +483,11 @@ class Prefill:
         local, live = gather_index(keep, self.live)
         if self.door.positions == "compact":
             spans = [
-                _Span(one.row, torch.cat([one.columns, one.others]), one.memory["stays"]) for one in self.pictures
+                _Span.of(one.row, torch.cat([one.columns, one.others]), one.stays)
+                for one in self.pictures
+                if one.stays is not None
             ]
-            ordered = [span.sorted() for span in spans]
-            positions, shift = compact(self.positions, keep, ordered)
+            positions, shift = compact(self.positions, keep, spans)
             self.positions = positions.gather(-1, local.expand(*positions.shape[:-1], -1))
             self.shift = self.shift + shift
         place = torch.full_like(keep, -1, dtype=torch.long)
@@ -547,7 +554,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class _Span:
-    """A picture's places for `rewriting.compact`, which takes them ascending."""
+    """A picture's places as `rewriting.compact` wants them."""
 
     row: int
     columns: Tensor
@@ -557,11 +564,11 @@ class _Span:
         """Indices into `columns`."""
         return self.left
 
-    def sorted(self) -> _Span:
-        order = self.columns.argsort()
-        stays = torch.zeros_like(order, dtype=torch.bool)
-        stays[self.left] = True
-        return _Span(self.row, self.columns[order], stays[order].nonzero().flatten())
+    @classmethod
+    def of(cls, row: int, columns: Tensor, stays: Tensor) -> _Span:
+        """columns, stays (bool): [n], in any order."""
+        order = columns.argsort()
+        return cls(row, columns[order], stays[order].nonzero().flatten())
 
 
 def merged(hidden: Tensor, row: int, columns: Tensor, kept: Tensor, merge: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ Code:  https://github.com/pkunlp-icler/FastV (d1659729)
     s_j = mean_h A[h, last, j]      attention of layer K - 1, j among the visual tokens
     the `keep` largest enter layer K, in the order of the prompt, at their original positions
 
-Shapes: row of the last query [N + T] -> s [N] -> kept [budget]. Text always stays. Default: K = 2 (0-based), keep half.
+Shapes: row of the last query [N + T] -> s [N] -> kept [budget]. Text always stays. Default: K = 2, 0-based, keep=0.5.
 
 The paper says "the average attention a token receives from all others"; its code takes the last query's row, and so
-does this. Differs from the authors' code: any number of pictures, anywhere in the prompt, each with a budget of its own
-(theirs: one slice with hand-set bounds, row 0 of the batch); the row is computed beside the model's own attention
-kernel, in fp32 (theirs: eager attention everywhere, the model's dtype); equal scores go by index. The number kept is
-round(keep N), halves to even, as in theirs.
+does this. Differs from the authors' code: any number of pictures anywhere in the prompt, each with its own budget
+(theirs: one slice with hand-set bounds, of row 0 of the batch); the row is computed beside the model's own attention
+kernel, in fp32 (theirs: eager attention in every layer, in the model's dtype); equal scores go by index. The number
+kept is round(keep N), halves to even, as in theirs.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class Pruner(Adapter):
         choose: (view, k) -> k indices into `view.index`.
         """
         shares = apportion(budget(self.keep, len(visual)), [len(view) for view in visual.views])
-        parts = [view.index.to(visual.features.device)[choose(view, k)] for view, k in zip(visual.views, shares) if k]
-        return torch.cat(parts)
+        chosen = [(view, choose(view, k)) for view, k in zip(visual.views, shares) if k]
+        return torch.cat([view.index.to(kept.device)[kept] for view, kept in chosen])
 
     def beside_thumbnail(
         self, visual: VisualTokens, choose: Callable[[Tensor, int], Tensor], whole: bool = False

@@ -228,25 +228,22 @@ class GlobalCom2(ClsPruner):
             kept, [one.cell for one in plan.crops], plan.thumbnail.grid, (len(heights), len(widths))
         )
         device = visual.features.device
-        crop, token = crop.to(device), token.to(device)
-        index = plan.thumbnail.index.to(device)[first.to(device)]
         if visual.newline is None:
             crop, token = crop[crop >= 0], token[crop >= 0]
         places = torch.full_like(crop, -1)
         for number, one in enumerate(plan.crops):
             own = crop == number
-            places[own] = one.index.to(device)[token[own]]
-        rest = visual.features[places]
+            places[own] = one.index.to(crop.device)[token[own]]
+        places = torch.cat([plan.thumbnail.index.to(crop.device)[first], places]).to(device)
+        features = visual.features[places.clamp(min=0)]
         if visual.newline is not None:
-            rest[places < 0] = visual.newline.to(rest)
-        features = torch.cat([visual.features[index], rest])
+            features[places < 0] = visual.newline.to(features)
         if len(features) > visual.span:
             raise ValueError(
                 f"{self.name}: keep={self.keep} with the newlines of the padded canvas (parity=official) needs "
                 f"{len(features)} places, the prompt has {visual.span}; lower keep"
             )
-        everything = torch.cat([index, places[places >= 0]]).sort().values
-        return Choice(everything, features, torch.arange(len(features), device=device))
+        return Choice(places[places >= 0].sort().values, features, torch.arange(len(features), device=device))
 
 
 def _parts(views: Sequence[View]) -> tuple[View, list[View]] | None:

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
@@ -40,7 +41,8 @@ from vlmfast.visual import Choice, VisualTokens, top, unit
 def text_similarity(features: Tensor, text: Tensor, reduce: str = "mean") -> Tensor:
     """Cosine of every visual token to the words, mean or sum over them, fp32. [N, D], [T, D] -> [N]"""
     words = unit(text)
-    return unit(features) @ (words.mean(dim=0) if reduce == "mean" else words.sum(dim=0))
+    words, features = words.mean(dim=0) if reduce == "mean" else words.sum(dim=0), features.float()
+    return (features @ words) / features.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def nucleus(probability: Tensor, top_p: float) -> int:

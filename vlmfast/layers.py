@@ -63,7 +63,7 @@ class LayersDoor:
         self.config = decoder.config
         self.depth = len(decoder.layers)
         self.cuts = selector.layers(self.depth)
-        self._check(decoder)
+        self.linear = self._check(patch.model, decoder)
         doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, Door)]
         inputs = doors[0] if doors else Door(patch, Everything(), None)
         if inputs.tells:
@@ -78,8 +78,8 @@ class LayersDoor:
         for number in range(self.cuts[0] - 1, self.depth):
             patch.hook(decoder.layers[number], Enter(number), before=True)
 
-    def _check(self, decoder: Any) -> None:
-        """Refuse decoders and layers that this cannot work on."""
+    def _check(self, model: Any, decoder: Any) -> list[int]:
+        """Refuse decoders and layers that this cannot work on. -> layers without attention"""
         name = self.selector.name
         if (
             not self.cuts
@@ -90,21 +90,32 @@ class LayersDoor:
                 f"{name} drops tokens before layers {'/'.join(map(str, self.cuts))}; this decoder has {self.depth} "
                 f"layers: choose ascending numbers from 1 to {self.depth - 1}"
             )
-        types = getattr(self.config, "layer_types", None) or ()
-        strange = sorted({kind for kind in types if kind not in ("full_attention", "sliding_attention")})
+        types = getattr(self.config, "layer_types", None) or ("full_attention",) * self.depth
+        strange = sorted(set(types) - {"full_attention", "sliding_attention", "linear_attention"})
         if strange:
+            raise NotImplementedError(f"{name}: {self.family.name} has {', '.join(strange)} layers")
+        attends = [layer for layer, kind in enumerate(types) if kind != "linear_attention"]
+        scores = {cut: self.selector.asks(cut).values() for cut in self.cuts}
+        needed = {cut if score.own else cut - 1 for cut in self.cuts for score in scores[cut]}
+        if not needed <= set(attends) or self.cuts[0] <= attends[0]:
             raise NotImplementedError(
-                f"{name}: the decoder of {self.family.name} has {', '.join(strange)} layers, whose state holds all "
-                "tokens in one; tokens cannot be dropped between its layers. Prune before the language model"
+                f"{name} takes scores in layers {'/'.join(map(str, sorted(needed)))} and drops tokens before "
+                f"{'/'.join(map(str, self.cuts))}; only layers {'/'.join(map(str, attends))} of this decoder attend "
+                "(the others hold one state of all tokens), and the first of them must see everything"
+            )
+        stacked = getattr(model.config.vision_config, "deepstack_visual_indexes", ()) if self.family.deepstack else ()
+        if self.cuts[0] < len(stacked):
+            raise ValueError(
+                f"{name} drops tokens before layer {self.cuts[0]}, but {self.family.name} adds features of the vision "
+                f"tower to all visual tokens behind its first {len(stacked)} layers: choose {len(stacked)} or more"
             )
         implementation = self.config._attn_implementation or "eager"
         if not any(known in implementation for known in IMPLEMENTATIONS):
             raise NotImplementedError(
                 f"{name} with attn_implementation={implementation!r}; choose sdpa, eager or flash"
             )
-        asked = {cut: self.selector.asks(cut) for cut in self.cuts}
-        for cut, scores in asked.items():
-            for score in scores.values():
+        for cut in self.cuts:
+            for score in scores[cut]:
                 layer = decoder.layers[cut if score.own else cut - 1]
                 if getattr(layer.self_attn, "attn_logit_softcapping", None) is not None:
                     raise NotImplementedError(f"{name}: attention scores of layers with capped logits")
@@ -113,6 +124,7 @@ class LayersDoor:
                         f"{name} needs the queries and keys of a decoder layer before it runs; "
                         f"{type(layer.self_attn).__name__} does not compute them in a known way"
                     )
+        return [layer for layer in range(self.depth) if layer not in attends]
 
     # --- hooks ------------------------------------------------------------------------------------------------
 
@@ -129,13 +141,6 @@ class LayersDoor:
                 if state is not None:
                     raise NotImplementedError(
                         "a new picture in a later turn on a cache whose layers hold different tokens: use a fresh one"
-                    )
-                stacked = len(kwargs.get("deepstack_visual_embeds") or ())
-                if self.cuts[0] < stacked:
-                    raise ValueError(
-                        f"{self.selector.name} drops tokens before layer {self.cuts[0]}, but {self.family.name} adds "
-                        f"features of the vision tower to all visual tokens behind the first {stacked} layers: "
-                        f"choose layers from {stacked} on"
                     )
                 one = prefill
         if one is None and state is not None:
@@ -321,6 +326,9 @@ class Prefill:
         """The layer's arguments for the tokens that are left."""
         kwargs = dict(given)
         mask = given.get("attention_mask")
+        if number in self.door.linear:
+            kwargs["attention_mask"] = None if self.stages[-1].whole else self.live
+            return kwargs
         full, now = sizes(self.cache, self.new, number), sizes(self.cache, hidden.shape[1], number)
         key = (len(self.stages), id(mask), full, now)
         if key not in self.memo:
@@ -616,7 +624,7 @@ class Later:
     def enter(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The mask for what the layer holds, and its positions."""
         stage = self.state.stage(number)
-        if stage is None:
+        if stage is None or number in self.door.linear:
             return hidden, kwargs
         mask = kwargs.get("attention_mask")
         now, window = sizes(self.cache, self.new, number), window_of(self.door.config, number)

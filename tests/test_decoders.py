@@ -127,3 +127,11 @@ def test_gate_doubles_the_query_projection():
     plain = Attention(query=12, key=4)
     gated = dataclasses.replace(plain, gated=True)
     assert gated.flops(8, 3, 3) - plain.flops(8, 3, 3) == 2 * 8 * 12 * 3
+
+
+def test_statistics_count_rows_and_what_is_projected_for_them():
+    attention, linear = (decoder(text_model("qwen3_5_text").config).layers[i] for i in (1, 0))
+    assert attention.statistic(3, 7) == 2 * 60 * 3 * 7
+    assert attention.statistic(3, 7, apart=True) == 2 * 60 * 3 * 7 + 2 * 48 * (60 * 3 + 20 * 7)
+    with pytest.raises(NotImplementedError, match="no attention map"):
+        linear.statistic(1, 7)

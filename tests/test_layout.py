@@ -19,6 +19,7 @@ else:
 
 FOLDERS = {"vlmfast": ROOT / "vlmfast", "vlmfast.adapters": ROOT / "adapters", "vlmfast.eval": ROOT / "eval"}
 LAYERS = ["vlmfast", "vlmfast.adapters", "vlmfast.eval"]
+BASES = ("base.py", "layered.py")  # what a method file may import of its family
 MAY_LOOK_UP = {"vlmfast/__init__.py", "vlmfast/__main__.py"}  # the front door, inside functions, and the command line
 
 
@@ -68,11 +69,12 @@ def test_imports_point_one_way(name, path):
 
 def test_no_method_imports_another():
     for path in (ROOT / "adapters").rglob("*.py"):
-        if path.name in ("__init__.py", "base.py"):
+        if path.name in ("__init__.py", *BASES):
             continue
         others = [m for m, _ in imported(ast.parse(path.read_text())) if m.startswith("vlmfast.adapters.")]
-        family = ".".join(["vlmfast.adapters", *path.parent.relative_to(ROOT / "adapters").parts, "base"])
-        assert all(module.startswith(family + ".") for module in others), f"{path.name} imports {others}"
+        family = ".".join(["vlmfast.adapters", *path.parent.relative_to(ROOT / "adapters").parts])
+        bases = tuple(f"{family}.{base.removesuffix('py')}" for base in BASES)
+        assert all(module.startswith(bases) for module in others), f"{path.name} imports {others}"
 
 
 def test_no_model_type_outside_families():

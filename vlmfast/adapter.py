@@ -31,6 +31,7 @@ class Adapter:
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     inside: ClassVar[bool] = False  # works between decoder layers, after every method that works before them
+    foreseeable: ClassVar[bool] = True  # what stays of a picture depends on its size alone
 
     @classmethod
     def settings(cls) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class Adapter:
     def selection_flops(self, picture: Picture, text: int, decoder: Decoder) -> int:
         """What the method multiplies itself for one picture, in X2 (see `vlmfast.cost`), the tower's statistics apart.
 
-        Rows of the attention taken again in a decoder layer are `decoder.layers[i].mixer.rows(rows, keys)`. text: text
+        Rows of the attention taken again in a decoder layer are `decoder.layers[i].statistic(rows, keys)`. text: text
         tokens of the prompt.
         """
         return 0

@@ -82,6 +82,7 @@ def prompt_cost(
     *,
     text: int,
     images: Sequence[Grid] = (),
+    videos: Sequence[bool] | None = None,
     kept: Sequence[int] | None = None,
     tokens: Sequence[int] | None = None,
     generated: int = 0,
@@ -96,6 +97,8 @@ def prompt_cost(
     text              tokens of the prompt that are not visual (the template's included)
     images            patch grid (t, h, w) of every picture **before** merging: t counts views, crops or frames, for
                       LLaVA (1, size / patch, size / patch)
+    videos            whether each picture is a video, for families whose videos go another way through the projector
+                      (`Source.vision`); None: none of them
     kept              visual tokens kept of every picture; None: all of them (the unpatched model)
     tokens            placeholders of every picture in the unpatched prompt, newlines included; None: by its grid
     generated         tokens to generate; the first one comes out of the prefill, the others are decode steps with a
@@ -110,7 +113,10 @@ def prompt_cost(
     """
     text_model = decoder(config)
     layers = text_model.layers
-    vision = [_vision(config, grid) for grid in images]
+    kinds = [False] * len(images) if videos is None else list(videos)
+    if len(kinds) != len(images):
+        raise ValueError(f"videos must tell of every picture: {len(images)} pictures, {len(kinds)} answers")
+    vision = [_vision(config, grid, video) for grid, video in zip(images, kinds)]
     everything = [image.tokens for image in vision] if tokens is None else list(tokens)
     if len(everything) != len(vision):
         raise ValueError(f"tokens must give one number per image: {len(vision)} images, {len(everything)} numbers")
@@ -147,9 +153,9 @@ def prompt_cost(
     )
 
 
-def visual_tokens(config: Any, grid: Grid) -> int:
-    """Visual tokens that an image of this patch grid (t, h, w before merging) takes up in the unpatched prompt."""
-    return _vision(config, grid).tokens
+def visual_tokens(config: Any, grid: Grid, video: bool = False) -> int:
+    """Visual tokens that a picture of this patch grid (t, h, w before merging) takes up in the unpatched prompt."""
+    return _vision(config, grid, video).tokens
 
 
 def nominal_grid(config: Any) -> Grid:
@@ -215,8 +221,11 @@ def _score(image: Vision, score: Score) -> int:
     return sum(2 * image.width * span * (span if rows is None else rows) for span in image.spans[score.layer])
 
 
-def _vision(config: Any, grid: Grid) -> Vision:
+def _vision(config: Any, grid: Grid, video: bool = False) -> Vision:
     """One picture of this patch grid on the vision side of the config's family."""
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(f"an image is a patch grid (t, h, w) of positive numbers, got {tuple(grid)}")
-    return family_of(config).vision(config, grid)
+    family = family_of(config)
+    if video and (source := family.sources.get("video")) is not None and source.vision is not None:
+        return source.vision(config, grid)
+    return family.vision(config, grid)

@@ -53,10 +53,6 @@ class Attention:
         projections = 2 * width * ((3 if self.gated else 2) * self.query + 2 * self.key) * queries
         return projections + 4 * self.query * queries * keys
 
-    def rows(self, rows: float, keys: float) -> Any:
-        """`rows` rows of q k^T over `keys` tokens, all heads."""
-        return 2 * self.query * rows * keys
-
     def cached(self, tokens: float, itemsize: int) -> Any:
         """Keys and values."""
         held = tokens if self.window is None else min(tokens, self.window - 1)
@@ -114,6 +110,16 @@ class Layer:
         """X2 of `queries` new tokens that attend to `keys` tokens, themselves included."""
         feed_forward = 2 * self.width * (3 * self.ff + self.router) * queries
         return self.mixer.flops(self.width, queries, keys) + feed_forward
+
+    def statistic(self, rows: float, keys: float, apart: bool = False) -> Any:
+        """X2 of `rows` rows of q k^T over `keys` tokens, all heads. apart: their projections run for it alone, too.
+
+        Raises NotImplementedError for a layer without an attention map.
+        """
+        if not isinstance(self.mixer, Attention):
+            raise NotImplementedError("a layer of linear attention has no attention map to take statistics of")
+        projections = 2 * self.width * (self.mixer.query * rows + self.mixer.key * keys) if apart else 0
+        return projections + 2 * self.mixer.query * rows * keys
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from torch import nn
 from vlmfast.adapter import Adapter
 from vlmfast.families import Family, Tower, family_of
 from vlmfast.solving import prompts_share
-from vlmfast.towers import Picture
+from vlmfast.towers import Picture, sizes
 
 HANDLE = "vlmfast_handle"
 FILE = "vlmfast.json"
@@ -115,8 +115,7 @@ class ImageReport:
     @property
     def size(self) -> Picture:
         """The picture by its sizes, before anything was dropped."""
-        frames = sum(view.kind == "frame" for view in self.views) or 1
-        return Picture(patches=self.patches, tokens=sum(map(len, self.views)), span=self.n, frames=frames)
+        return sizes(self.patches, self.views, self.n)
 
 
 @dataclass(frozen=True)

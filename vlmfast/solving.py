@@ -17,7 +17,7 @@ from vlmfast.adapter import Adapter
 from vlmfast.cost import Cost, nominal_grid, prompt_cost, visual_tokens
 from vlmfast.decoders import Decoder, decoder
 from vlmfast.families import family_of
-from vlmfast.towers import Picture
+from vlmfast.towers import Picture, sizes
 from vlmfast.visual import Score, VisualTokens
 
 NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
@@ -31,14 +31,14 @@ def nominal(config: Any, modality: str = "image") -> Picture:
     if family.nominal is not None:
         return family.nominal(config, modality)
     grid = nominal_grid(config) if modality == "image" else NOMINAL_VIDEO
-    tokens = visual_tokens(config, grid)
-    return Picture(patches=grid, tokens=tokens, span=tokens, frames=grid[0] if modality == "video" else 1)
+    video = modality == "video"
+    tokens = visual_tokens(config, grid, video)
+    return Picture(patches=grid, tokens=tokens, span=tokens, frames=grid[0] if video else 1, video=video)
 
 
 def size_of(visual: VisualTokens) -> Picture:
     """The sizes of a picture that was encoded."""
-    frames = sum(view.kind == "frame" for view in visual.views) or 1
-    return Picture(patches=visual.patches, tokens=len(visual), span=visual.span, frames=frames)
+    return sizes(visual.patches, visual.views, visual.span)
 
 
 def tower_scores(config: Any, adapters: Sequence[Adapter]) -> list[Score]:
@@ -84,6 +84,7 @@ def cost_of(
         config,
         text=text,
         images=[picture.patches for picture in pictures],
+        videos=[picture.video for picture in pictures],
         tokens=[picture.span for picture in pictures],
         generated=generated,
         scores=tower_scores(config, adapters),
@@ -134,7 +135,7 @@ def solve_keep(
 
     Solved on whole tokens of one picture; on others the share differs as their size does, which matters in families
     that take any size. Every method with `keep` gets the same. Where no whole number of tokens comes within 1 % of the
-    share, the nearest is taken with a warning.
+    share, the nearest is taken with a warning; a warning also says where a method's share depends on the content.
 
     share    in (0, 1]; 1.0 gives keep 1.0, the unpatched model
     text     text tokens of the prompt
@@ -170,6 +171,13 @@ def solve_keep(
     if whole and reached(whole) == reached(keep):
         keep = whole
     found = reached(keep)
+    unforeseen = [adapter.name for adapter in adapters if not adapter.foreseeable]
+    if unforeseen:
+        warnings.warn(
+            f"flops={share}: what {' and '.join(unforeseen)} leaves depends on the picture's content, so that "
+            f"{found:.4f} at keep={keep:.4g} is an estimate",
+            stacklevel=4,
+        )
     if abs(found - share) > TOLERANCE * share:
         warnings.warn(
             f"flops={share} is not reached on whole tokens: the nearest share is {found:.4f}, at keep={keep:.4g} of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlmfast.visual import Score
+from vlmfast.visual import Score, View
 
 Grid = tuple[int, int, int]  # (t, h, w) in patches, before any merging; t counts views, crops or frames
 
@@ -52,13 +52,21 @@ class Picture:
     """A picture (an image or a video) by its sizes alone, which is what a cost depends on.
 
     patches: (t, h, w) before merging, of all views together. tokens: visual tokens. span: placeholders that they take
-    up in the prompt, newlines included. frames: of a video, all with tokens / frames visual tokens; 1: a still image.
+    up in the prompt, newlines included. frames: of a video, all with tokens / frames visual tokens; 1 for images.
     """
 
     patches: Grid
     tokens: int
     span: int
     frames: int = 1
+    video: bool = False
+
+
+def sizes(patches: Grid, views: Sequence[View], span: int) -> Picture:
+    """The sizes of a picture with these views."""
+    frames = sum(view.kind == "frame" for view in views)
+    tokens = sum(len(view) for view in views)
+    return Picture(patches=patches, tokens=tokens, span=span, frames=max(1, frames), video=frames > 0)
 
 
 @dataclass(frozen=True, kw_only=True)

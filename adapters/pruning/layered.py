@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapter import Adapter
+from vlmfast.decoders import Decoder
 from vlmfast.families import Positions
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
 from vlmfast.layers import LayersDoor
@@ -94,6 +95,25 @@ class LayerPruner(Adapter):
                 if left is not None and left < picture.tokens:
                     held = left
             total.append(held)
+        return total
+
+    def selection_flops(self, picture: Picture, text: int, decoder: Decoder) -> int:
+        """The statistics of every cut; all text counts as question and as raters, of which there may be fewer.
+
+        Of the layer to come, queries and keys are projected apart; of the layer before, they are there.
+        """
+        depth, total = len(decoder.layers), 0
+        held = self.visual_per_layer(picture, depth)
+        last = max((layer for layer in range(1, depth) if held[layer] != held[layer - 1]), default=0)
+        for cut in (cut for cut in self.layers(depth) if cut <= last):
+            left = self.left(cut, picture.tokens, depth)
+            if left is not None and left >= held[cut - 1]:
+                continue
+            keys = text + held[cut - 1]
+            for score in self.asks(cut).values():
+                rows = {"last": 1, "all": keys}.get(score.queries, text) if score.kind == "attention" else 0
+                layer = decoder.layers[cut if score.own else cut - 1]
+                total += layer.statistic(rows, keys, apart=score.own)
         return total
 
     def attach(self, patch: Patch) -> None:

@@ -22,9 +22,11 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 import vlmfast
 from vlmfast.adapters import FasterVLM, Grid, HiPrune, from_spec
 from vlmfast.adapters.pruning.grid import even_grid
+from vlmfast.cost import prompt_cost
 from vlmfast.encoding import encode_images
 from vlmfast.families import FAMILIES, Encoded
 from vlmfast.families.anyres import Canvas
+from vlmfast.solving import nominal, size_of
 from vlmfast.visual import Score, VisualTokens, apportion, top
 
 ANYRES = {"llava_next": (32, None), "llava_next_video": (32, None), "llava_onevision": (40, 1)}  # side, at most
@@ -601,6 +603,36 @@ def test_cost_equals_torchs_counter(vlm):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cost_of_other_settings(name):
     check_cost(variant(name))
+
+
+def test_the_report_counts_videos_as_videos(with_videos):
+    vlm, config = with_videos, with_videos.model.config
+    (picture,) = encoded(vlm, vlm.prompts([["A"]]), "video")
+    with vlmfast.patch(vlm.model, "random:keep=0.5") as handle, torch.no_grad():
+        vlm.model(**vlm.prompts([[3, "A", 2]]))
+        share, kept = handle.report().share, handle.report().images[0].kept
+    about = {"text": 5, "images": [picture.patches], "videos": [True], "tokens": [picture.span]}
+    plain = prompt_cost(config, **about)
+    vision = FAMILIES[vlm.name].sources["video"].vision(config, picture.patches)
+    assert (plain.tower, plain.projector) == (vision.tower, vision.projector)
+    assert share == prompt_cost(config, **about, kept=[kept]).total_prefill / plain.total_prefill
+
+
+def test_usual_pictures_are_as_they_come(vlm):
+    """The sizes for which `keep` is solved are those of a real picture."""
+    config = vlm.model.config
+    image = vlm.picture("a").inputs
+    if vlm.name in ANYRES:
+        side, at_most = ANYRES[vlm.name]
+        image = tiny_llava.anyres("a", side, at_most, (2 * side, 2 * side)).inputs
+    (picture,) = encoded(vlm, image)
+    assert nominal(config) == size_of(picture)
+    if vlm.tiny.video:
+        video = vlm.picture("A").inputs["pixel_values_videos"][:, :1].expand(-1, 8, -1, -1, -1)
+        (picture,) = encoded(vlm, {"pixel_values_videos": video}, "video")
+        assert nominal(config, "video") == size_of(picture)
+        (picture,) = encoded(vlm, {"pixel_values_videos": video[:, :1]}, "video")
+        assert size_of(picture).video and len(picture.views) == 1 and picture.views[0].kind == "frame"
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

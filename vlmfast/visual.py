@@ -129,11 +129,12 @@ class Choice:
     slots: Tensor | None = None
 
 
-def frames(grid: tuple[int, int, int]) -> tuple[View, ...]:
-    """The views of a picture whose tokens lie in raster order over (t, h, w): one, or one a frame."""
+def frames(grid: tuple[int, int, int], video: bool = False) -> tuple[View, ...]:
+    """The views of a picture whose tokens lie in raster order over (t, h, w): one, or one a frame. video: a single
+    one is a frame, too."""
     t, h, w = grid
     index = torch.arange(t * h * w).view(t, h * w)
-    if t == 1:
+    if t == 1 and not video:
         return (View(index[0], (h, w)),)
     return tuple(View(index[i], (h, w), "frame", (i, 0)) for i in range(t))
 

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -26,8 +27,8 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from vlmfast.families.base import Encoded, Family, Source
 from vlmfast.families.clip import cls_stays, patch_maps, vit_tower, vit_vision
 from vlmfast.families.llava import BLOCKS
-from vlmfast.towers import Grid, Tower, Vision
-from vlmfast.visual import View, VisualTokens
+from vlmfast.towers import Grid, Picture, Tower, Vision
+from vlmfast.visual import View, VisualTokens, frames
 
 SHRINK_ABOVE = 1.1  # LLaVA-OneVision shrinks a picture whose sides are more than this times too long
 
@@ -182,6 +183,7 @@ def _videos(encoded: Encoded, pool: Callable[[Tensor], Tensor], newline: bool) -
         VisualTokens(
             features=packed[: t * h * w],
             grid=(t, h, w),
+            views=frames((t, h, w), video=True),
             queries=side**2 + encoded.tower.has_cls,
             pixels=pixels[i],
             statistics={score: values[i] for score, values in maps.items()},
@@ -192,6 +194,24 @@ def _videos(encoded: Encoded, pool: Callable[[Tensor], Tensor], newline: bool) -
         )
         for i, packed in enumerate(encoded.output.pooler_output)
     ]
+
+
+def _usual_image(config: Any, at_most: int | None = None) -> Picture:
+    """A square image of two by two crops."""
+    vision, points = config.vision_config, config.image_grid_pinpoints
+    crop, side = vision.image_size, vision.image_size // vision.patch_size
+    size = (2 * crop, 2 * crop)
+    canvas = Canvas(size, select_best_resolution(size, points), crop, side, vision.patch_size, at_most)
+    (h, w), _ = canvas.views(side**2)
+    tokens = side**2 + h * w
+    return Picture(patches=(1 + prod(canvas.crops), side, side), tokens=tokens, span=tokens + h)
+
+
+def _usual_video(config: Any, pool: Callable[[Tensor], Tensor], newline: bool) -> Picture:
+    """A video of eight frames."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    tokens = 8 * pool(torch.zeros(1, 1, side, side)).numel()
+    return Picture(patches=(8, side, side), tokens=tokens, span=tokens + newline, frames=8, video=True)
 
 
 # --- LLaVA-NeXT and LLaVA-NeXT-Video -------------------------------------------------------------------------------
@@ -228,6 +248,10 @@ def _next_video_vision(config: Any, grid: Grid) -> Vision:
     return dataclasses.replace(vision, projector=vision.projector + flops)
 
 
+def _next_nominal(config: Any, modality: str) -> Picture:
+    return _usual_image(config) if modality == "image" else _usual_video(config, _next_pool(config), newline=False)
+
+
 NEXT_IMAGES = Source(layout=_images, needs=("image_sizes",))
 
 LLAVA_NEXT = Family(
@@ -242,6 +266,7 @@ LLAVA_NEXT = Family(
     projector="multi_modal_projector",
     cls=True,
     crops=True,
+    nominal=_next_nominal,
 )
 
 LLAVA_NEXT_VIDEO = Family(
@@ -266,6 +291,7 @@ LLAVA_NEXT_VIDEO = Family(
     projector="multi_modal_projector",
     cls=True,
     crops=True,
+    nominal=_next_nominal,
 )
 
 
@@ -305,6 +331,12 @@ def _onevision_video_vision(config: Any, grid: Grid) -> Vision:
     return vit_vision(config, grid, tokens=t * math.ceil(h / 2) * math.ceil(w / 2) + 1)
 
 
+def _onevision_nominal(config: Any, modality: str) -> Picture:
+    if modality == "video":
+        return _usual_video(config, _halved, newline=True)
+    return _usual_image(config, _at_most(config.vision_aspect_ratio))
+
+
 LLAVA_ONEVISION = Family(
     name="llava_onevision",
     blocks=BLOCKS,
@@ -325,6 +357,7 @@ LLAVA_ONEVISION = Family(
         ),
     },
     crops=True,
+    nominal=_onevision_nominal,
 )
 
 FAMILIES = (LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION)

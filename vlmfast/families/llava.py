@@ -13,21 +13,21 @@ import torch
 
 from vlmfast.families.base import Encoded, Family, Source
 from vlmfast.families.clip import cls_stays, has_cls, patch_maps, vit_tower, vit_vision
-from vlmfast.towers import Grid, Vision
-from vlmfast.visual import VisualTokens
+from vlmfast.towers import Grid, Picture, Vision
+from vlmfast.visual import VisualTokens, frames
 
 
 def _images(encoded: Encoded) -> list[VisualTokens]:
     """pixel_values [images, C, H, W]: one view an image."""
-    return _views(encoded, encoded.inputs["pixel_values"][:, None], cls_stays(encoded.config))
+    return _views(encoded, encoded.inputs["pixel_values"][:, None], cls_stays(encoded.config), video=False)
 
 
 def _videos(encoded: Encoded) -> list[VisualTokens]:
     """pixel_values_videos [videos, frames, C, H, W]: one view a frame, none of which loses its CLS token."""
-    return _views(encoded, encoded.inputs["pixel_values_videos"], has_cls(encoded.config))
+    return _views(encoded, encoded.inputs["pixel_values_videos"], has_cls(encoded.config), video=True)
 
 
-def _views(encoded: Encoded, pixels: Any, cls: bool) -> list[VisualTokens]:
+def _views(encoded: Encoded, pixels: Any, cls: bool, video: bool) -> list[VisualTokens]:
     """pixels: [pictures, views, C, H, W]; cls: whether the CLS token of a view is among its features."""
     patch = encoded.config.vision_config.patch_size
     t, h, w = pixels.shape[1], pixels.shape[-2] // patch, pixels.shape[-1] // patch
@@ -36,14 +36,15 @@ def _views(encoded: Encoded, pixels: Any, cls: bool) -> list[VisualTokens]:
     pictures = []
     for i in range(len(pixels)):
         views = slice(i * t, (i + 1) * t)
-        features = encoded.output.pooler_output[views]
-        features = torch.stack(list(features)) if t > 1 else features[0][None]
+        own = encoded.output.pooler_output[views]
+        features = torch.stack(list(own)) if t > 1 else own[0][None]
         pictures.append(
             VisualTokens(
                 features=features[:, int(cls) :].flatten(0, 1),
                 grid=(t, h, w),
                 queries=h * w + encoded.tower.has_cls,
-                pixels=pixels[i] if t > 1 else pixels[i, 0],
+                views=frames((t, h, w), video),
+                pixels=pixels[i] if video else pixels[i, 0],
                 statistics={score: values[views].flatten(0, 1) for score, values in maps.items()},
                 patches=(t, h, w),
                 slots=slots,
@@ -56,6 +57,15 @@ def _views(encoded: Encoded, pixels: Any, cls: bool) -> list[VisualTokens]:
 
 def _video_vision(config: Any, grid: Grid) -> Vision:
     return vit_vision(config, grid, cls=has_cls(config))
+
+
+def _nominal(config: Any, modality: str) -> Picture:
+    """An image, or eight frames, as Video-LLaVA's own evaluation takes them."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    video = modality == "video"
+    t, cls = (8, has_cls(config)) if video else (1, cls_stays(config))
+    patches = (t, side, side)
+    return Picture(patches=patches, tokens=t * side**2, span=t * (side**2 + cls), frames=t, video=video)
 
 
 BLOCKS = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
@@ -108,6 +118,7 @@ VIDEO_LLAVA = Family(
     },
     projector="multi_modal_projector",
     cls=True,
+    nominal=_nominal,
 )
 
 FAMILIES = (LLAVA, VIPLLAVA, VIDEO_LLAVA)

@@ -195,7 +195,7 @@ def test_vtc_cls_layers(settings, tower, expected):
 
 def test_vtc_cls_layers_in_words():
     assert parse_layers("16/20-22/3") == (3, 16, 20, 21, 22)
-    for text in ("", "a", "1-", "1//2", "3-1", "-4", "1.5", True):
+    for text in ("", "a", "1-", "1//2", "3-1", "-4", "1.5", True, (), (1, -2)):
         with pytest.raises(ValueError, match="0-based"):
             parse_layers(text)
 

@@ -38,14 +38,15 @@ def ensemble(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([row.float() for row in rows]).sum(dim=0)
 
 
-def parse_layers(text: str | int) -> tuple[int, ...]:
-    """0-based layers of a setting such as 22, "20-22" or "16/20-22", ascending. ValueError for anything else."""
+def parse_layers(layers: str | int | tuple[int, ...]) -> tuple[int, ...]:
+    """0-based layers, ascending, of a setting such as 22, "20-22", "16/20-22" or (20, 22); ValueError for others."""
+    parts = list(map(str, layers)) if isinstance(layers, tuple) else str(layers).split("/")
     found: set[int] = set()
-    for part in str(text).split("/"):
+    for part in parts or [""]:
         first, dash, last = part.partition("-")
         ends = (first, last) if dash else (first, first)
         if not all(end.isdecimal() for end in ends) or int(ends[0]) > int(ends[1]):
-            raise ValueError(f"layers={text!r}: 0-based layers such as 22, '20-22' or '16/20/22'")
+            raise ValueError(f"layers={layers!r}: 0-based layers such as 22, '20-22' or '16/20/22'")
         found.update(range(int(ends[0]), int(ends[1]) + 1))
     return tuple(sorted(found))
 
@@ -64,10 +65,10 @@ class VtcCls(ClsPruner):
         super().__post_init__()
         if self.preset not in ("paper", "repo"):
             raise ValueError(f"preset={self.preset!r}: choose 'paper' or 'repo'")
-        if isinstance(self.layers, (tuple, list)):  # one spelling, which a spec string can hold
-            object.__setattr__(self, "layers", "/".join(map(str, self.layers)))
         if self.layers is not None:
             parse_layers(self.layers)
+        if isinstance(self.layers, tuple):  # in the spelling that a spec string can hold
+            object.__setattr__(self, "layers", "/".join(map(str, self.layers)))
 
     def chosen(self, tower: Tower) -> tuple[int, ...]:
         """The 0-based layers whose attention is summed, ascending."""

@@ -17,6 +17,7 @@ from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.divprune import DivPrune
 from vlmfast.adapters.pruning.evs import EVS
 from vlmfast.adapters.pruning.fastervlm import FasterVLM
+from vlmfast.adapters.pruning.fastv import FastV
 from vlmfast.adapters.pruning.fopru import FoPru
 from vlmfast.adapters.pruning.globalcom2 import GlobalCom2
 from vlmfast.adapters.pruning.grid import Grid
@@ -38,6 +39,7 @@ __all__ = [
     "EVS",
     "CDPruner",
     "DivPrune",
+    "FastV",
     "FasterVLM",
     "FoPru",
     "GlobalCom2",
@@ -64,6 +66,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "divprune": DivPrune,
     "evs": EVS,
     "fastervlm": FasterVLM,
+    "fastv": FastV,
     "fopru": FoPru,
     "globalcom2": GlobalCom2,
     "grid": Grid,

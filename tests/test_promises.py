@@ -122,14 +122,14 @@ def generates_like_an_unpatched_model_given_the_shorter_prompt(vlm, name, how):
     with vlmfast.patch(vlm.model, spec(name, vlm.name), positions="compact") as handle:
         ours = generate(vlm.model, inputs, **DECODING[how])
         kept = handle.report().kept[0]
-    shorter = shortened(vlm, inputs, kept)
+    shorter = shortened(vlm, inputs, kept, ADAPTERS[name].keeps_newlines)
     theirs = generate(vlm.model, shorter, **DECODING[how])
     width = inputs["input_ids"].shape[1]
     assert torch.equal(ours[:, :width], inputs["input_ids"].expand(len(ours), -1)), "the prompt comes back whole"
     assert torch.equal(ours[:, width:], theirs[:, shorter["input_ids"].shape[1] :])
 
 
-def shortened(vlm, inputs, kept):
+def shortened(vlm, inputs, kept, newlines=False):
     """The same prompt cut by hand, for the unpatched model, with compact positions given explicitly."""
     model, family = vlm.model, family_of(vlm.model)
     pixels, others = encoder_inputs(vlm, inputs)
@@ -137,6 +137,9 @@ def shortened(vlm, inputs, kept):
         output = model.model.get_image_features(pixels, **others, return_dict=True)
     visual = pictures(vlm, inputs)[0]
     slots = kept if visual.slots is None else visual.slots[kept]
+    if newlines and visual.slots is not None:
+        others = [place for place in range(visual.span) if place not in set(visual.slots.tolist())]
+        slots = torch.cat([slots, torch.tensor(others, dtype=torch.long)]).sort().values
     places = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
     stays = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
     stays[places] = False

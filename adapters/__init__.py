@@ -19,6 +19,7 @@ from vlmfast.adapters.pruning.evs import EVS
 from vlmfast.adapters.pruning.fastervlm import FasterVLM
 from vlmfast.adapters.pruning.fastv import FastV
 from vlmfast.adapters.pruning.fopru import FoPru
+from vlmfast.adapters.pruning.framefusion import FrameFusion
 from vlmfast.adapters.pruning.globalcom2 import GlobalCom2
 from vlmfast.adapters.pruning.grid import Grid
 from vlmfast.adapters.pruning.hiprune import HiPrune
@@ -42,6 +43,7 @@ __all__ = [
     "FastV",
     "FasterVLM",
     "FoPru",
+    "FrameFusion",
     "GlobalCom2",
     "Grid",
     "HiPrune",
@@ -68,6 +70,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "fastervlm": FasterVLM,
     "fastv": FastV,
     "fopru": FoPru,
+    "framefusion": FrameFusion,
     "globalcom2": GlobalCom2,
     "grid": Grid,
     "hiprune": HiPrune,

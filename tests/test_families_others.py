@@ -246,6 +246,19 @@ def test_a_sample_is_one_picture(one):
     assert torch.equal(visuals[1].pixels, inputs["pixel_values"][2, :3])
 
 
+@pytest.mark.parametrize("one", ["idefics3", "smolvlm"], indirect=True)
+@torch.no_grad()
+def test_hidden_parts_of_a_tile_are_hidden_from_its_statistics(one):
+    inputs = one.prompts([["a"], ["b"]])
+    inputs["pixel_attention_mask"][0, 1, 16:] = 0  # the lower half of tile 1
+    encode = {name: inputs[name] for name in ENCODER if name in inputs}
+    score = Score(2, "column_mean")
+    received = torch.cat([visual.statistics[score] for visual in pictures(one, inputs, [score])]).view(-1, 4, 4)
+    maps, _ = eager_maps(one, encode, 2)
+    torch.testing.assert_close(received, maps.mean((1, 2)).view(-1, 4, 2, 4, 2).mean((2, 4)), rtol=1e-4, atol=1e-6)
+    assert (received[1, 2:] == 0).all() and (received[1, :2] > 0).all()
+
+
 @pytest.mark.parametrize("one", ["internvl"], indirect=True)
 def test_a_tile_is_one_picture(one):
     inputs = one.prompts([[2, "a", "b", "c", 1]])
@@ -347,6 +360,7 @@ def test_generation_goes_on_as_by_hand(one, positions):
         kept = by_row(inputs, handle.report().images)
         for how in ({"cache_implementation": "static"}, {"use_cache": False}):
             assert torch.equal(one.model.generate(**inputs, **greedy, **how)[:, -steps:], tokens)
+        assert torch.equal(own_loop(one, inputs, steps), tokens)
         beams = one.model.generate(**inputs, **greedy, num_beams=3)
         for row in range(2):
             alone = one.model.generate(**one.prompts(ROWS, only=row), **greedy, num_beams=3)
@@ -354,6 +368,20 @@ def test_generation_goes_on_as_by_hand(one, positions):
     for row in range(len(ROWS)):
         _, expected = by_hand(one, one.prompts(ROWS, only=row), kept[row], positions == "compact", steps)
         assert tokens[row].tolist() == expected
+
+
+def own_loop(vlm: Vlm, inputs: dict[str, Any], steps: int) -> torch.Tensor:
+    """Greedy tokens of a loop over direct calls that knows nothing of pruning: its mask covers the whole prompt."""
+    positions = inputs["attention_mask"].cumsum(1) - 1 + (vlm.name == "paligemma")
+    out = vlm.model(**inputs, position_ids=positions.clamp(min=0), use_cache=True)
+    mask, tokens = inputs["attention_mask"], []
+    for _ in range(steps):
+        logits = out.logits[:, -1].clone()
+        logits[:, vlm.model.generation_config.suppress_tokens] = -torch.inf
+        tokens.append(logits.argmax(-1, keepdim=True))
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        out = vlm.model(input_ids=tokens[-1], attention_mask=mask, past_key_values=out.past_key_values)
+    return torch.cat(tokens, dim=1)
 
 
 @torch.no_grad()
@@ -413,6 +441,25 @@ def test_images_side_by_side_and_windows_inside_an_image(which):
             assert tokens[row].tolist() == following
 
 
+@pytest.mark.parametrize("one", ["paligemma"], indirect=True)
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@torch.no_grad()
+def test_positions_of_paligemma_start_with_one(one, positions):
+    inputs = one.prompts([[3, "a", 2]])
+    seen = []
+    hook = one.model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"][0].tolist()), with_kwargs=True
+    )
+    with vlmfast.patch(one.model, f"random:keep=9,positions={positions}") as handle:
+        one.model(**inputs)
+        one.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        kept = handle.report().kept[0].tolist()
+    hook.remove()
+    image = [4 + i for i in kept] if positions == "original" else [*range(4, 13)]
+    after = [40, 41] if positions == "original" else [13, 14]
+    assert seen == [[1, 2, 3, *image, *after]] * 2 + [[after[-1] + 1]]
+
+
 @torch.no_grad()
 def test_the_direction_matters_to_these_references(both_ways):
     """The references would notice a causal mask: without token types the logits are others."""
@@ -450,13 +497,17 @@ def test_a_second_turn_of_gemma3_sees_its_own_blocks_alone(short, second):
             torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-def test_training_with_labels(both_ways):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_training_with_labels(both_ways, side):
     """The loss of a prompt cut by hand: PaliGemma's suffix (type 1) is causal, all before it is not."""
-    inputs = both_ways.prompts([[3, "a", 6], [2, "b", 1, "c", 5]])
+    rows = [[3, "a", 6], [2, "b", 1, "c", 5]]
+    inputs = both_ways.prompts(rows, side=side)
     labels = torch.full_like(inputs["input_ids"], -100)
-    labels[:, -4:] = inputs["input_ids"][:, -4:]
-    if both_ways.name == "paligemma":
-        inputs["token_type_ids"][:, -4:] = 1
+    for row, mask in enumerate(inputs["attention_mask"]):
+        answer = mask.nonzero().flatten()[-4:]
+        labels[row, answer] = inputs["input_ids"][row, answer]
+        if both_ways.name == "paligemma":
+            inputs["token_type_ids"][row, answer] = 1
     both_ways.model.train()
     with vlmfast.patch(both_ways.model, "hiprune:keep=0.4,positions=original") as handle:
         loss = both_ways.model(**inputs, labels=labels).loss
@@ -470,11 +521,11 @@ def test_training_with_labels(both_ways):
     with torch.no_grad():
         for row, kept in enumerate(by_row(inputs, images)):
             real = inputs["attention_mask"][row].bool()
-            alone = both_ways.prompts([[3, "a", 6], [2, "b", 1, "c", 5]], only=row)
+            alone = both_ways.prompts(rows, only=row)
             if both_ways.name == "paligemma":
                 alone["token_type_ids"] = inputs["token_type_ids"][row : row + 1, real]
             logits, _ = by_hand(both_ways, alone, kept, False)
-            losses += [nn.functional.cross_entropy(logits[-5:-1], labels[row, -4:], reduction="none")]
+            losses += [nn.functional.cross_entropy(logits[-5:-1], labels[row, real][-4:], reduction="none")]
     torch.testing.assert_close(loss.detach(), torch.cat(losses).mean(), **CLOSE)
 
 

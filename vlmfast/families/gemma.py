@@ -4,9 +4,11 @@ Gemma 3 averages squares of patches into a fixed number of tokens. In its decode
 token type 1) see each other in both directions, in layers with full attention and, as far as the window reaches, in
 layers with sliding windows. PaliGemma's prefix (token type 0: image and question) sees itself whole. Both models make
 these masks from the token types of the prompt they get, which lose the places of dropped tokens with them: the blocks
-are then the kept tokens. Windows count places of the shorter prompt, so they reach further into the text.
+are then the kept tokens. Windows count places of the shorter prompt, so they reach further into the text. Crops that
+Gemma 3's processor takes of an image ("pan and scan") are pictures of their own.
 
-PaliGemma counts positions from 1. PaliGemma 2 is the same family with a Gemma 2 decoder.
+PaliGemma counts positions from 1. PaliGemma 2 is the same family with a Gemma 2 decoder. Its later turns on a cache
+are causal, unlike a fresh run over the whole conversation, as they are unpatched.
 """
 
 from __future__ import annotations

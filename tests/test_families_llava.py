@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_llava
 import torch
-from conftest import lend
+from conftest import lend, shared
 from tiny import IMAGE, VIDEO, Tiny, make, noise
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
@@ -69,6 +70,7 @@ def rows_of(vlm: Any) -> list[list[int | str]]:
     return [[3, "a", 2, "b", 1], [2, "A", 1, "c", 4] if vlm.tiny.video else [2, "c", 4], [4]]
 
 
+@functools.cache
 def variant(name: str) -> Any:
     """A tiny model of a family with other settings."""
     family = name.split(",")[0]
@@ -178,7 +180,7 @@ def prompt_order(size, side, n):
 @pytest.mark.parametrize("name", ["llava_next", "llava_next_video"])
 def test_markers_of_crops_land_on_their_tokens(name):
     """Every tower token carries its own number: view, row, column."""
-    one = make(name, tiny_llava.TINY[name])
+    one = shared(name)
     inputs = one.prompts([["a", "b"], ["c"]])
     sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
     grids = [select_best_resolution(size, tiny_llava.grid_points(32)) for size in sizes]
@@ -246,7 +248,7 @@ def test_regions_on_pictures_from_the_real_processor(name, size):
 
 def test_shrunken_crops_take_scores_as_they_take_features():
     """LLaVA-OneVision blends tokens: whatever is placed like the features comes out as the model blends them."""
-    one = make("llava_onevision", tiny_llava.TINY["llava_onevision"])
+    one = shared("llava_onevision")
     inputs = one.prompts([["a", "b"], ["c"]])
     projected = []
     hook = one.model.model.multi_modal_projector.register_forward_hook(lambda *call: projected.append(call[2]))
@@ -289,7 +291,7 @@ def test_frames_keep_their_order(with_videos):
 
 def test_several_images_of_a_sample_have_no_crops():
     """LLaVA-OneVision cuts no crops where a sample has several images: 25 tokens and a newline each, then a square."""
-    one = make("llava_onevision", tiny_llava.TINY["llava_onevision"])
+    one = shared("llava_onevision")
     pixels = torch.cat([noise(letter, 1, 3, 3, 40, 40) for letter in "abc"])
     sizes = torch.tensor([[20, 60], [90, 28], [20, 60]])
     rows = [[5, *[IMAGE] * 26, 6, *[IMAGE] * 26, 7, 8], [5, *[IMAGE] * 58, 9, 8]]
@@ -372,7 +374,7 @@ def test_scores_of_thumbnail_and_crop_in_loops(anyres):
 
 def test_scores_of_frames_in_loops():
     """The video tower's own attention, frame by frame; the CLS token's key leaves with its place."""
-    one = make("video_llava", tiny_llava.TINY["video_llava"])
+    one = shared("video_llava")
     inputs = one.prompts([["A", "B"]])
     scores = (Score(2, "cls_row"), Score(1, "column_mean"))
     pictures = encoded(one, inputs, "video", [Wants(scores)])
@@ -386,7 +388,7 @@ def test_scores_of_frames_in_loops():
 
 @pytest.mark.parametrize("name", ["llava", "video_llava", "llava_next", "llava_next_video"])
 def test_tower_features_project_to_the_visual_tokens(name):
-    one = make(name, tiny_llava.TINY[name])
+    one = shared(name)
     hidden = Score(one.model.config.vision_config.num_hidden_layers - 2, "hidden")
     for modality in FAMILIES[name].sources:
         letter = "a" if modality == "image" else "A"
@@ -516,7 +518,7 @@ def test_newlines_go_with_tokens_unless_a_method_keeps_them(anyres):
 
 def test_older_name_of_the_pixels():
     """Processors before 5.23 give Video-LLaVA its images as `pixel_values_images`."""
-    one = make("video_llava", tiny_llava.TINY["video_llava"])
+    one = shared("video_llava")
     new = one.prompts([[3, "a", 2, "A", 1]])
     old = {("pixel_values_images" if name == "pixel_values" else name): value for name, value in new.items()}
     with vlmfast.patch(one.model, "fastervlm:keep=0.5"), torch.no_grad():
@@ -550,7 +552,7 @@ def test_methods_choose_view_by_view(vlm):
 
 def test_neighbours_stay_on_the_grid_of_their_view():
     """One anchor in the middle of each crop: its neighbours are those of the crop, not of the canvas."""
-    one = make("llava_next", tiny_llava.TINY["llava_next"])
+    one = shared("llava_next")
     (picture,) = encoded(one, one.prompts([["c"]]))
     objects = torch.zeros(len(picture))
     expected = set()
@@ -664,7 +666,7 @@ def test_another_tower_is_refused():
 
 
 def test_settings_of_the_call_must_be_those_of_the_config():
-    one = make("llava", tiny_llava.TINY["llava"])
+    one = shared("llava")
     inputs = one.prompts([[3, "a", 2]])
     with vlmfast.patch(one.model, "fastervlm"), torch.no_grad():
         one.model(**inputs, vision_feature_layer=-2)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ from vlmfast.towers import Grid, Picture, Tower, Vision
 from vlmfast.visual import View, VisualTokens, frames
 
 SHRINK_ABOVE = 1.1  # LLaVA-OneVision shrinks a picture whose sides are more than this times too long
+
+
+class _Part(NamedTuple):
+    """What a crop has of one axis: tokens from `start` to before `stop`, which show the original from `begin` to `end`
+    (fractions, below 0 and above 1 in padding)."""
+
+    start: int
+    stop: int
+    begin: float
+    end: float
 
 
 @dataclass(frozen=True)
@@ -73,47 +83,43 @@ class Canvas:
 
         A shrunken token belongs to the crop in which its centre lies.
         """
-        rows, columns = self.crops
-        number = torch.arange(rows * columns * self.side**2).view(1, rows * self.side, columns * self.side)
-        valid = unpad_image(number, list(self.size))[0]
+        rows, columns = (crops * self.side for crops in self.crops)
+        valid = unpad_image(torch.arange(rows * columns).view(1, rows, columns), list(self.size))[0]
         h, w = self._shrunk(*valid.shape)
-        first = int(valid[0, 0])
-        down = self._bounds(first // number.shape[-1], valid.shape[0], h, rows)
-        across = self._bounds(first % number.shape[-1], valid.shape[1], w, columns)
-        (top, left), (height, width) = self._picture()
+        above, before = divmod(int(valid[0, 0]), columns)
+        down = self._parts(0, above, valid.shape[0], h)
+        across = self._parts(1, before, valid.shape[1], w)
         index = offset + torch.arange(h * w).view(h, w)
-        views = []
-        for row, (y, stop_y, begin_y, end_y) in enumerate(down):
-            for column, (x, stop_x, begin_x, end_x) in enumerate(across):
-                part = index[y:stop_y, x:stop_x]
-                if part.numel():
-                    region = (begin_y - top) / height, (begin_x - left) / width
-                    region += (end_y - top) / height, (end_x - left) / width
-                    views.append(View(part.flatten(), tuple(part.shape), "crop", (row, column), region))
-        return (h, w), views
+        return (h, w), [
+            View(
+                index[y.start : y.stop, x.start : x.stop].flatten(),
+                (y.stop - y.start, x.stop - x.start),
+                "crop",
+                (row, column),
+                (y.begin, x.begin, y.end, x.end),
+            )
+            for row, y in enumerate(down)
+            for column, x in enumerate(across)
+            if y.stop > y.start and x.stop > x.start
+        ]
 
-    def _bounds(self, pad: int, n: int, m: int, crops: int) -> list[tuple[int, int, float, float]]:
-        """Along one axis, per crop: first token and one after the last, and the pixels where they begin and end.
-
-        pad, n: tokens cut off before, and left; m: tokens after shrinking.
-        """
-        step = n / m
-        owner = [int((pad + (i + 0.5) * step) // self.side) for i in range(m)]
-        bounds = []
-        for crop in range(crops):
-            start = sum(own < crop for own in owner)
-            stop = start + owner.count(crop)
+    def _parts(self, axis: int, cut: int, n: int, m: int) -> list[_Part]:
+        """The parts of the crops along an axis. cut, n: tokens cut off before, and left; m: after shrinking."""
+        step, (start, length) = n / m, self._original(axis)
+        parts = []
+        for crop in range(self.crops[axis]):
+            limits = crop * self.side, (crop + 1) * self.side
+            first, stop = (min(m, max(0, math.ceil((limit - cut) / step - 0.5))) for limit in limits)
             shift = crop * (self.crop - self.side * self.patch)  # a crop may be wider than its tokens
-            bounds.append((start, stop, *(shift + self.patch * (pad + i * step) for i in (start, stop))))
-        return bounds
+            begin, end = ((shift + self.patch * (cut + token * step) - start) / length for token in (first, stop))
+            parts.append(_Part(first, stop, begin, end))
+        return parts
 
-    def _picture(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(top, left) and (h, w) of the resized original among the crops' pixels, as the image processors paste it."""
-        scale = [to / of for to, of in zip(self.resolution, self.size)]
-        low = 0 if scale[0] <= scale[1] else 1
-        placed = [min(math.ceil(of * scale[low]), to) for of, to in zip(self.size, self.resolution)]
-        placed[low] = self.resolution[low]
-        return tuple((to - of) // 2 for of, to in zip(placed, self.resolution)), (placed[0], placed[1])
+    def _original(self, axis: int) -> tuple[int, int]:
+        """Start and length of the resized original among the crops' pixels, as the image processors paste it."""
+        scale = min(to / of for of, to in zip(self.size, self.resolution))
+        length = min(math.ceil(self.size[axis] * scale), self.resolution[axis])
+        return (self.resolution[axis] - length) // 2, length
 
 
 def _images(encoded: Encoded, at_most: int | None = None) -> list[VisualTokens]:

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from vlmfast.adapters import from_spec, to_spec
+from vlmfast.eval.matching import expand_flops, leaves_keep_open
 from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, weight_files
 from vlmfast.eval.progress import Bars
 from vlmfast.eval.results import check_identity, read_result, ready_folder
@@ -37,6 +38,7 @@ def evaluate(
     tasks: Sequence[str] | None,
     out: str | Path,
     *,
+    flops: Sequence[float] = (),
     limit: int | None = None,
     seed: int = 0,
     batch: int = 64,
@@ -53,6 +55,8 @@ def evaluate(
     specs: method specs; a method that has a setting `keep` which the spec does not name runs with each of `keeps`.
         The unpatched model ("none") always runs, and first: every other run is compared with it.
     keeps: shares in (0, 1] as floats, or numbers of visual tokens as ints.
+    flops: shares of the unpatched prefill FLOPs instead of `keeps`: `keep` is solved for each model and method, so
+        that all runs of a share cost the same.
     tasks: names of offline tasks; None for all.
     out: folder of the results. Complete runs found there are kept, interrupted ones go on where they stopped.
     limit: images per task; None takes the tasks' defaults.
@@ -78,14 +82,15 @@ def evaluate(
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if not models:
         raise ValueError("no model given")
-    runs = expand(specs, keeps)
     chosen = choose(tasks)
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
+    documents = {name: task.load(limit, seed) for name, task in chosen.items()}
+    same = () if flops else expand(specs, keeps)
+    runs = {name: same or expand_flops(specs, flops, folder, chosen, documents) for name, folder in folders.items()}
     for name, folder in folders.items():
-        check_specs(name, folder, runs)
+        check_specs(name, folder, runs[name])
     ready_folder(Path(out))
 
-    documents = {name: task.load(limit, seed) for name, task in chosen.items()}
     hashes = {name: task_hash(task, documents[name]) for name, task in chosen.items()}
     beside = _side_by_side(list(folders.values()), device)
     common: dict[str, Any] = {
@@ -99,7 +104,9 @@ def evaluate(
         "threads": max(1, cores() // len(folders)) if beside else cores(),
         "command": shlex.join(sys.argv),
     }
-    jobs = [Job(model=name, model_hash=model_hash(folder), specs=runs, **common) for name, folder in folders.items()]
+    jobs = [
+        Job(model=name, model_hash=model_hash(folder), specs=runs[name], **common) for name, folder in folders.items()
+    ]
     pending = [owed for owed in map(outstanding, jobs) if owed.specs]
     total = sum(map(len, documents.values()))
     with Bars(progress, {job.model: total * len(job.specs) for job in pending}) as bars:
@@ -108,7 +115,7 @@ def evaluate(
         else:
             for job in pending:
                 sweep(job, partial(bars.update, job.model))
-    return [job.path(spec) for job in jobs for spec in runs]
+    return [job.path(spec) for job in jobs for spec in runs[job.model]]
 
 
 def expand(specs: Sequence[str], keeps: Sequence[float | int]) -> tuple[str, ...]:
@@ -121,7 +128,7 @@ def expand(specs: Sequence[str], keeps: Sequence[float | int]) -> tuple[str, ...
     runs = [UNPATCHED]
     for spec in specs:
         parts = spec.split("+")
-        open_keep = [i for i, part in enumerate(parts) if _leaves_keep_open(part)]
+        open_keep = [i for i, part in enumerate(parts) if leaves_keep_open(part)]
         if open_keep and not keeps:
             raise ValueError(
                 f"{spec!r} needs a keep: give a list of them, or name it as in {parts[open_keep[0]]}:keep=0.5"
@@ -144,17 +151,10 @@ def check_specs(model: str, folder: Path, specs: Sequence[str]) -> None:
     for spec in specs:
         for adapter in from_spec(spec):
             try:
+                adapter.check(family_of(config))
                 adapter.wanted(tower) if hasattr(adapter, "wanted") else None
             except (NotImplementedError, ValueError) as error:
                 raise type(error)(f"{spec} on {model}: {error}") from None
-
-
-def _leaves_keep_open(part: str) -> bool:
-    """Whether one method of a spec has a setting `keep` and the spec does not name it."""
-    named = part.partition(":")[2].split(",")
-    return any("keep" in adapter.settings() for adapter in from_spec(part)) and not any(
-        setting.split("=")[0].strip() == "keep" for setting in named
-    )
 
 
 def outstanding(job: Job) -> Job:

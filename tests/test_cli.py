@@ -367,3 +367,10 @@ class TestErrors:
 def test_keeps():
     assert cli.parse_keeps("1.0, 0.5,64") == [1.0, 0.5, 64]
     assert [type(keep) for keep in cli.parse_keeps("1,1.0")] == [int, float]
+
+
+def test_shares_of_flops():
+    assert cli.parse_shares("0.6, 1") == [0.6, 1.0]
+    for wrong in ("", "0", "1.5", "half", "nan"):
+        with pytest.raises(ValueError, match="--flops"):
+            cli.parse_shares(wrong)

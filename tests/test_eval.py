@@ -14,16 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config
+from transformers import AutoConfig, GPT2Config
 
 import vlmfast
+from vlmfast.adapters import from_spec
 from vlmfast.eval import runner, sweep
+from vlmfast.eval.matching import expand_flops, usual_prompt
 from vlmfast.eval.models import load_model, model_folder, model_hash
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import Answers, load_results, read_result
 from vlmfast.eval.runner import evaluate, expand
-from vlmfast.eval.tasks import TASKS, image
+from vlmfast.eval.tasks import TASKS, choose, image
+from vlmfast.eval.testbed import folder as testbed_folder
 from vlmfast.eval.testbed.build import new_model, new_processor
+from vlmfast.solving import share_of
 
 PROMPTS = Path(__file__).parent / "data" / "prompts.json"
 TASKS_HERE = ["existence", "word", "caption"]
@@ -337,7 +341,9 @@ def test_damaged_files_are_named(folders, copy):
 
 SCRIPT = """
 import sys
+from vlmfast.adapters import from_spec
 from vlmfast.eval import runner, sweep
+from vlmfast.eval.matching import expand_flops, usual_prompt
 sweep.REPEATS = 1
 runner.cores = lambda: 1
 if __name__ == "__main__":
@@ -407,6 +413,25 @@ def test_a_process_that_dies_is_told(folders, tmp_path):
 
 
 # --- wrong arguments ----------------------------------------------------------------------------------------------
+
+
+def test_runs_at_equal_flops():
+    """The keeps differ, the cost of the testbed's usual prompt does not; a spec with a keep of its own stays."""
+    folder = testbed_folder("llava")
+    tasks = choose(["colour"])
+    documents = {"colour": tasks["colour"].load(5, 0)}
+    specs = ["none", "random", "fastv", "hiprune:keep=7"]
+    none, random, fastv, own = expand_flops(specs, [0.6], folder, tasks, documents)
+    assert (none, own) == ("none", "hiprune:keep=7")
+    keeps = [from_spec(spec)[0].keep for spec in (random, fastv)]
+    assert keeps[1] < keeps[0] < 100, "FastV pays for the layers before its cut"
+    text, picture = usual_prompt(folder, tasks, documents)
+    assert picture.tokens == 144 and 5 < text < 60
+    config = AutoConfig.from_pretrained(folder)
+    for spec in (random, fastv):
+        assert abs(share_of(config, from_spec(spec), picture, text) - 0.6) < 0.006
+    with pytest.raises(ValueError, match="random: a share of 0.01"):
+        expand_flops(["random"], [0.01], folder, tasks, documents)
 
 
 def test_expand():

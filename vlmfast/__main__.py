@@ -222,6 +222,7 @@ examples:
   vlmfast eval
   vlmfast eval --limit 10 --out /tmp/quick
   vlmfast eval --model testbed:llava --method random --method hiprune --keep 0.5,0.25,16 --task colour --task count
+  vlmfast eval --model testbed:llava --method random --method fastv --flops 0.6     (all at the same cost)
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method none --method hiprune --device cuda --dtype bfloat16
 """,
 )
@@ -231,6 +232,10 @@ def evaluate(
     keep: Annotated[
         str, typer.Option(metavar="LIST", help="For specs that name no keep: shares (0.5) or numbers of tokens (64).")
     ] = KEEPS,
+    flops: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Instead of --keep: shares of the unpatched prefill FLOPs, keep is solved."),
+    ] = None,
     task: Tasks = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; what is done stays.")] = Path(
         "results"
@@ -248,10 +253,12 @@ def evaluate(
     main job: both testbed models, every method. Finished runs are kept, interrupted ones go on.
     """
     keeps = parse_keeps(keep)
+    shares = parse_shares(flops) if flops is not None else []
     from vlmfast.eval import report
     from vlmfast.eval.runner import evaluate as score
 
     settings: dict[str, Any] = {"limit": limit, "seed": seed, "batch": batch, "workers": workers, "dtype": dtype}
+    settings["flops"] = shares
     try:
         score(model, method, keeps, task or None, out, device=device or best_device(), **settings)
     except KeyboardInterrupt:
@@ -320,6 +327,22 @@ def parse_keeps(text: str) -> list[float | int]:
                     f"--keep {part!r} is no number: give shares such as 0.5 or numbers of tokens such as 64"
                 ) from None
     return keeps
+
+
+def parse_shares(text: str) -> list[float]:
+    """``0.8,0.6`` -> [0.8, 0.6]: shares of the unpatched FLOPs in (0, 1]."""
+    shares = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        try:
+            share = float(part)
+        except ValueError:
+            share = 0.0
+        if not 0 < share <= 1:
+            raise ValueError(f"--flops {part!r} is no share of the unpatched FLOPs: give numbers such as 0.6")
+        shares.append(share)
+    if not shares:
+        raise ValueError("--flops needs a share of the unpatched FLOPs, such as 0.6")
+    return shares
 
 
 def best_device() -> str:

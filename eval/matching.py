@@ -43,8 +43,9 @@ def expand_flops(
 ) -> tuple[str, ...]:
     """All runs of one model: "none", then every spec at every share of the unpatched prefill FLOPs.
 
-    shares: in (0, 1], vision tower and selection included. A spec that names its keep runs as it is; others get `keep` as a number of tokens, the nearest that
-    reaches the share. Raises ValueError where a method cannot reach it, naming what it can.
+    shares: in (0, 1], vision tower and selection included. A spec that names its keep runs as it is; others get
+    `keep` as a number of tokens, the nearest that reaches the share. Raises ValueError where a method cannot reach it,
+    naming what it can.
     """
     config = AutoConfig.from_pretrained(folder)
     text, picture = usual_prompt(folder, tasks, documents)

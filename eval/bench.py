@@ -55,8 +55,8 @@ from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.testbed.scenes import scene
 from vlmfast.families import family_of
-from vlmfast.solving import cost_of, size_of, tower_scores
-from vlmfast.towers import Picture
+from vlmfast.solving import cost_of, tower_scores
+from vlmfast.towers import Picture, size_of
 from vlmfast.visual import Score
 
 TEXT = 48  # text tokens of the prompts for models with random weights
@@ -253,7 +253,7 @@ def measure_specs(
     text = {name: value for name, value in inputs.items() if name not in images or name == "image_grid_thw"}
     base = model.base_model
     visuals = encode_images(model, [], **images)
-    pictures = [size_of(visual) for visual in visuals]
+    pictures = [size_of(visual.patches, visual.views, visual.span) for visual in visuals]
     n_text = inputs["input_ids"].shape[1] - sum(picture.span for picture in pictures)
     full = cost_of(model.config, (), n_text, pictures)
 

@@ -29,7 +29,8 @@ from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
 from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, sole_writer, write_result
 from vlmfast.eval.tasks import TASKS, Doc, image
-from vlmfast.solving import cost_of, size_of
+from vlmfast.solving import cost_of
+from vlmfast.towers import size_of
 from vlmfast.visual import VisualTokens
 
 UNPATCHED = "none"
@@ -311,7 +312,7 @@ class Sweep:
             record = records[doc.id]
             layers = tuple(record.get("layers") or [record["kept"]] * self.depth)
             text = len(self.row(doc)["input_ids"]) - visual.span
-            prompts[text, size_of(visual), layers, record["tokens"]] += 1
+            prompts[text, size_of(visual.patches, visual.views, visual.span), layers, record["tokens"]] += 1
             kept += record["kept"]
             before += len(visual)
         sums: Counter[str] = Counter()

@@ -15,7 +15,6 @@ from vlmfast import solving
 from vlmfast.adapter import Adapter
 from vlmfast.adapters import ADAPTERS, FasterVLM, Random, from_spec, support
 from vlmfast.cost import NOMINAL_GRID, prompt_cost
-from vlmfast.decoders import decoder
 from vlmfast.families import FAMILIES
 from vlmfast.solving import NOMINAL_TEXT, TOLERANCE, nominal, share_of, solve_keep, with_keep
 from vlmfast.towers import Picture
@@ -81,7 +80,7 @@ def test_what_methods_tell_is_what_they_do(name, family, usual):
     with vlmfast.patch(vlm.model, spec_of(name, family)) as handle, torch.no_grad():
         vlm.model(**vlm.prompts([[NOMINAL_TEXT, letter]]))
         report = handle.report()
-        layers, _ = solving.apply(handle.adapters, picture, NOMINAL_TEXT, decoder(vlm.model.config))
+        layers, _ = solving.apply(vlm.model.config, handle.adapters, picture, NOMINAL_TEXT)
         assert list(report.per_layer) == layers
         assert report.share == pytest.approx(share_of(vlm.model.config, handle.adapters, picture), rel=1e-9)
 
@@ -146,16 +145,16 @@ class Halves(Adapter):
     def visual_per_layer(self, picture: Picture, depth: int) -> list[int]:
         return [picture.span] + [picture.span // 2] * (depth - 1)
 
-    def selection_flops(self, picture: Picture, text: int, decoder: Any) -> int:
-        return decoder.layers[0].statistic(1, text + picture.span)
+    def selection_flops(self, picture: Picture, text: int, model: Any) -> int:
+        return model.decoder.layers[0].statistic(1, text + picture.span)
 
 
 def test_methods_before_the_language_model_come_first():
-    config, model = llava(), decoder(llava())
+    config = llava()
     picture = nominal(config)
     pruner = Random(keep=0.5)
     for order in ((pruner, Halves()), (Halves(), pruner)):
-        layers, own = solving.apply(order, picture, 10, model)
+        layers, own = solving.apply(config, order, picture, 10)
         assert layers == [8, 4, 4]
         assert own == 2 * 48 * (10 + 8)
     expected = prompt_cost(

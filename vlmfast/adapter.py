@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from vlmfast.decoders import Decoder
+    from vlmfast.decoders import Sizes
     from vlmfast.families import Family
     from vlmfast.patching import Patch
     from vlmfast.towers import Picture
@@ -63,11 +63,11 @@ class Adapter:
         """
         return [picture.span] * depth
 
-    def selection_flops(self, picture: Picture, text: int, decoder: Decoder) -> int:
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """What the method multiplies itself for one picture, in X2 (see `vlmfast.cost`), the tower's statistics apart.
 
-        Rows of the attention taken again in a decoder layer are `decoder.layers[i].statistic(rows, keys)`. text: text
-        tokens of the prompt.
+        Rows of the attention taken again in a decoder layer are `model.decoder.layers[i].statistic(rows, keys)`. text:
+        text tokens of the prompt.
         """
         return 0
 

@@ -116,13 +116,13 @@ def prompt_cost(
     kinds = [False] * len(images) if videos is None else list(videos)
     if len(kinds) != len(images):
         raise ValueError(f"videos must tell of every picture: {len(images)} pictures, {len(kinds)} answers")
-    vision = [_vision(config, grid, video) for grid, video in zip(images, kinds)]
-    everything = [image.tokens for image in vision] if tokens is None else list(tokens)
-    if len(everything) != len(vision):
-        raise ValueError(f"tokens must give one number per image: {len(vision)} images, {len(everything)} numbers")
+    seen = [vision(config, grid, video) for grid, video in zip(images, kinds)]
+    everything = [image.tokens for image in seen] if tokens is None else list(tokens)
+    if len(everything) != len(seen):
+        raise ValueError(f"tokens must give one number per image: {len(seen)} images, {len(everything)} numbers")
     kept = everything if kept is None else list(kept)
-    if len(kept) != len(vision):
-        raise ValueError(f"kept must give one number per image: {len(vision)} images, {len(kept)} numbers")
+    if len(kept) != len(seen):
+        raise ValueError(f"kept must give one number per image: {len(seen)} images, {len(kept)} numbers")
     for number, available in zip(kept, everything):
         if not 0 <= number <= available:
             raise ValueError(f"kept must lie between 0 and an image's {available} visual tokens, got {number}")
@@ -143,9 +143,9 @@ def prompt_cost(
         for step in range(1, generated)
     )
     return Cost(
-        tower=sum(image.tower for image in vision),
-        projector=sum(image.projector for image in vision),
-        selection=selection + sum(_score(image, score) for image in vision for score in scores),
+        tower=sum(image.tower for image in seen),
+        projector=sum(image.projector for image in seen),
+        selection=selection + sum(_score(config, image, score) for image in seen for score in scores),
         prefill=sum(layer.flops(length, length) for layer, length in zip(layers, lengths)),
         head=head,
         decode=decode,
@@ -155,7 +155,7 @@ def prompt_cost(
 
 def visual_tokens(config: Any, grid: Grid, video: bool = False) -> int:
     """Visual tokens that a picture of this patch grid (t, h, w before merging) takes up in the unpatched prompt."""
-    return _vision(config, grid, video).tokens
+    return vision(config, grid, video).tokens
 
 
 def nominal_grid(config: Any) -> Grid:
@@ -207,7 +207,7 @@ def _lengths(tokens: float | Sequence[float], layers: int) -> Sequence[float]:
     return lengths
 
 
-def _score(image: Vision, score: Score) -> int:
+def _score(config: Any, image: Vision, score: Score) -> int:
     """X2 of one statistic on one image: q k^T again, of one row or of all rows of every span; softmax is free.
 
     Vectors (keys, outputs of a block) are there anyway and cost nothing.
@@ -218,10 +218,13 @@ def _score(image: Vision, score: Score) -> int:
     if not 0 <= score.layer < depth:
         raise ValueError(f"the tower has layers 0 to {depth - 1}, got layer {score.layer}")
     rows = SCORE_ROWS[score.kind]
-    return sum(2 * image.width * span * (span if rows is None else rows) for span in image.spans[score.layer])
+    without = score.patches and family_of(config).tower(config).has_cls  # the CLS query is left out
+    return sum(
+        2 * image.width * span * (span - without if rows is None else rows) for span in image.spans[score.layer]
+    )
 
 
-def _vision(config: Any, grid: Grid, video: bool = False) -> Vision:
+def vision(config: Any, grid: Grid, video: bool = False) -> Vision:
     """One picture of this patch grid on the vision side of the config's family."""
     if len(grid) != 3 or min(grid) < 1:
         raise ValueError(f"an image is a patch grid (t, h, w) of positive numbers, got {tuple(grid)}")

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
 
+from vlmfast.towers import Tower, Vision
+
 CHUNK = 64  # tokens in a chunk of the delta rule
 
 
@@ -129,6 +131,19 @@ class Decoder:
     layers: tuple[Layer, ...]
     width: int
     vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a method's own products depend on, beside the picture: the model by its sizes.
+
+    tower: the vision tower; vision: what it does to the picture. projects: the projector works token by token.
+    """
+
+    decoder: Decoder
+    tower: Tower
+    vision: Vision
+    projects: bool
 
 
 def decoder(config: Any) -> Decoder:

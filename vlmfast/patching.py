@@ -15,7 +15,7 @@ from torch import nn
 from vlmfast.adapter import Adapter
 from vlmfast.families import Family, Tower, family_of
 from vlmfast.solving import prompts_share
-from vlmfast.towers import Picture, sizes
+from vlmfast.towers import Picture, size_of
 
 HANDLE = "vlmfast_handle"
 FILE = "vlmfast.json"
@@ -115,7 +115,7 @@ class ImageReport:
     @property
     def size(self) -> Picture:
         """The picture by its sizes, before anything was dropped."""
-        return sizes(self.patches, self.views, self.n)
+        return size_of(self.patches, self.views, self.n)
 
 
 @dataclass(frozen=True)

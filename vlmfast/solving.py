@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from vlmfast.adapter import Adapter
-from vlmfast.cost import Cost, nominal_grid, prompt_cost, visual_tokens
-from vlmfast.decoders import Decoder, decoder
+from vlmfast.cost import Cost, nominal_grid, prompt_cost, vision, visual_tokens
+from vlmfast.decoders import Sizes, decoder
 from vlmfast.families import family_of
-from vlmfast.towers import Picture, sizes
-from vlmfast.visual import Score, VisualTokens
+from vlmfast.towers import Picture
+from vlmfast.visual import Score
 
 NOMINAL_TEXT = 60  # text tokens of a prompt where none are given
 NOMINAL_VIDEO = (8, 36, 36)  # patches (t, h, w)
@@ -36,11 +36,6 @@ def nominal(config: Any, modality: str = "image") -> Picture:
     return Picture(patches=grid, tokens=tokens, span=tokens, frames=grid[0] if video else 1, video=video)
 
 
-def size_of(visual: VisualTokens) -> Picture:
-    """The sizes of a picture that was encoded."""
-    return sizes(visual.patches, visual.views, visual.span)
-
-
 def tower_scores(config: Any, adapters: Sequence[Adapter]) -> list[Score]:
     """The statistics that the methods take in the vision tower, each once."""
     tower = family_of(config).tower(config)
@@ -48,19 +43,26 @@ def tower_scores(config: Any, adapters: Sequence[Adapter]) -> list[Score]:
     return list(dict.fromkeys(score for scores in wanted for score in scores))
 
 
-def apply(adapters: Sequence[Adapter], picture: Picture, text: int, model: Decoder) -> tuple[list[int], int]:
+def apply(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int) -> tuple[list[int], int]:
     """What the methods together leave of a picture in every decoder layer, and the FLOPs of their own products.
 
     text: text tokens of the prompt. A method that drops nothing does not run.
     """
+    family, model = family_of(config), decoder(config)
     depth = len(model.layers)
+    sizes = Sizes(
+        decoder=model,
+        tower=family.tower(config),
+        vision=vision(config, picture.patches, picture.video),
+        projects=family.projector is not None,
+    )
     layers, own = [picture.span] * depth, 0
     for adapter in sorted(adapters, key=lambda adapter: adapter.inside):
         layers = list(adapter.visual_per_layer(picture, depth))
         if len(layers) != depth:
             raise ValueError(f"{adapter.name} tells of {len(layers)} layers, the decoder has {depth}")
         if any(held != picture.span for held in layers):
-            own += adapter.selection_flops(picture, text, model)
+            own += adapter.selection_flops(picture, text, sizes)
         if not adapter.inside:
             picture = dataclasses.replace(picture, tokens=layers[0], span=layers[0])
     return layers, own
@@ -79,7 +81,6 @@ def cost_of(
     text: text tokens. per_layer: visual tokens that the prompt holds in every decoder layer; None: all, as without
     methods. generated: tokens to generate.
     """
-    model = decoder(config)
     return prompt_cost(
         config,
         text=text,
@@ -88,14 +89,14 @@ def cost_of(
         tokens=[picture.span for picture in pictures],
         generated=generated,
         scores=tower_scores(config, adapters),
-        selection=sum(apply(adapters, picture, text, model)[1] for picture in pictures),
+        selection=sum(apply(config, adapters, picture, text)[1] for picture in pictures),
         visual_per_layer=per_layer,
     )
 
 
 def share_of(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int = NOMINAL_TEXT) -> float:
     """FLOPs until the first token (X2, tower and selection included) over those of the unpatched model."""
-    layers, _ = apply(adapters, picture, text, decoder(config))
+    layers, _ = apply(config, adapters, picture, text)
     patched = cost_of(config, adapters, text, [picture], layers)
     return patched.total_prefill / cost_of(config, (), text, [picture]).total_prefill
 

@@ -62,7 +62,7 @@ class Picture:
     video: bool = False
 
 
-def sizes(patches: Grid, views: Sequence[View], span: int) -> Picture:
+def size_of(patches: Grid, views: Sequence[View], span: int) -> Picture:
     """The sizes of a picture with these views."""
     frames = sum(view.kind == "frame" for view in views)
     tokens = sum(len(view) for view in views)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.layered import LayerPruner
-from vlmfast.decoders import Attention, Decoder
+from vlmfast.decoders import Attention, Sizes
 from vlmfast.families import Family
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
 from vlmfast.layers import LayersDoor
@@ -192,12 +192,13 @@ class FrameFusion(LayerPruner):
             k = max(1, round((self.cost * depth - whole) * picture.tokens / (depth - whole)))
         return [picture.span] * whole + [k] * (depth - whole)
 
-    def selection_flops(self, picture: Picture, text: int, decoder: Decoder) -> int:
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """A row of attention at each cut, of which there are two for a video in which nothing repeats itself."""
-        depth = len(decoder.layers)
+        layers = model.decoder.layers
+        depth = len(layers)
         if picture.frames == 1 or self.left(0, picture.tokens, depth) is not None:
             return 0
-        before = (decoder.layers[cut - 1] for cut in self.layers(depth))
+        before = (layers[cut - 1] for cut in self.layers(depth))
         attending = [layer for layer in before if isinstance(layer.mixer, Attention)]
         return sum(layer.statistic(1, text + picture.span) for layer in attending[:2])
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapter import Adapter
-from vlmfast.decoders import Decoder
+from vlmfast.decoders import Sizes
 from vlmfast.families import Positions
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
 from vlmfast.layers import LayersDoor
@@ -30,17 +30,12 @@ def numbers(text: Any, name: str, kind: type = int) -> tuple[Any, ...]:
         raise ValueError(f"{name}={text!r}: numbers joined by slashes, such as 8/16/24") from error
 
 
-def scaled(layers: Sequence[int], of: int, depth: int) -> tuple[int, ...]:
-    """Layers of a decoder with `of` layers at the same share of `depth`, each at least one behind the one before.
+def scaled(layers: Sequence[int], of: int, depth: int) -> dict[int, int]:
+    """Cuts of a decoder with `of` layers at the same share of `depth`. -> layer: number of the cut, ascending
 
-    Raises ValueError where there are too few layers.
+    Where several fall on one layer of a shallow decoder, the last of them counts.
     """
-    found: list[int] = []
-    for layer in layers:
-        found.append(max(1 if not found else found[-1] + 1, round(layer * depth / of)))
-    if found[-1] >= depth:
-        raise ValueError(f"{len(layers)} cuts in a decoder with {depth} layers: set the layers by hand")
-    return tuple(found)
+    return {min(depth - 1, max(1, round(layer * depth / of))): number for number, layer in enumerate(layers)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +51,7 @@ class LayerPruner(Adapter):
 
     kind: ClassVar[str] = "pruning"
     inside: ClassVar[bool] = True
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     authors: ClassVar[Positions] = "original"
     keep: float | int = 0.5
     positions: Positions | None = None
@@ -64,6 +60,11 @@ class LayerPruner(Adapter):
         check_keep(self.keep)
         if self.positions not in (None, "original", "compact"):
             raise ValueError(f"positions={self.positions!r}: choose 'original' or 'compact'")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the layers were set by hand; else early ones may be left out."""
+        return True
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Before which of the decoder's layers tokens are dropped, ascending."""
@@ -97,12 +98,13 @@ class LayerPruner(Adapter):
             total.append(held)
         return total
 
-    def selection_flops(self, picture: Picture, text: int, decoder: Decoder) -> int:
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The statistics of every cut; all text counts as question and as raters, of which there may be fewer.
 
         Of the layer to come, queries and keys are projected apart; of the layer before, they are there.
         """
-        depth, total = len(decoder.layers), 0
+        layers, total = model.decoder.layers, 0
+        depth = len(layers)
         held = self.visual_per_layer(picture, depth)
         last = max((layer for layer in range(1, depth) if held[layer] != held[layer - 1]), default=0)
         for cut in (cut for cut in self.layers(depth) if cut <= last):
@@ -112,7 +114,7 @@ class LayerPruner(Adapter):
             keys = text + held[cut - 1]
             for score in self.asks(cut).values():
                 rows = {"last": 1, "all": keys}.get(score.queries, text) if score.kind == "attention" else 0
-                layer = decoder.layers[cut if score.own else cut - 1]
+                layer = layers[cut if score.own else cut - 1]
                 total += layer.statistic(rows, keys, apart=score.own)
         return total
 

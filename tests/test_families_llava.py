@@ -27,7 +27,8 @@ from vlmfast.cost import prompt_cost
 from vlmfast.encoding import encode_images
 from vlmfast.families import FAMILIES, Encoded
 from vlmfast.families.anyres import Canvas
-from vlmfast.solving import nominal, size_of
+from vlmfast.solving import nominal
+from vlmfast.towers import Picture
 from vlmfast.visual import Score, VisualTokens, apportion, top
 
 ANYRES = {"llava_next": (32, None), "llava_next_video": (32, None), "llava_onevision": (40, 1)}  # side, at most
@@ -473,7 +474,7 @@ def test_rows_of_a_batch_are_as_alone(vlm, how):
             assert torch.equal(one[0, alone["input_ids"].shape[1] :], tokens[row])
 
 
-@pytest.mark.parametrize("spec", METHODS)
+@pytest.mark.parametrize("spec", METHODS[2:])  # test_promises.py has the others
 def test_keeping_everything_is_the_identity_and_unpatching_restores(vlm, spec):
     inputs = vlm.prompts(rows_of(vlm))
     run = {"max_new_tokens": 3, "do_sample": False}
@@ -618,6 +619,12 @@ def test_the_report_counts_videos_as_videos(with_videos):
     vision = FAMILIES[vlm.name].sources["video"].vision(config, picture.patches)
     assert (plain.tower, plain.projector) == (vision.tower, vision.projector)
     assert share == prompt_cost(config, **about, kept=[kept]).total_prefill / plain.total_prefill
+
+
+def size_of(visual: VisualTokens) -> Picture:
+    """The sizes of an encoded picture."""
+    t = sum(view.kind == "frame" for view in visual.views)
+    return Picture(patches=visual.patches, tokens=len(visual), span=visual.span, frames=t or 1, video=t > 0)
 
 
 def test_usual_pictures_are_as_they_come(vlm):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
+import json
 import math
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.nn.functional import cosine_similarity
 
 import vlmfast
@@ -19,7 +22,7 @@ from vlmfast.adapters.pruning.visionzip import merge, take_apart
 from vlmfast.adapters.pruning.vispruner import diverse, important_and_diverse
 from vlmfast.encoding import encode_images
 from vlmfast.families import FAMILIES
-from vlmfast.visual import View, VisualTokens, unit
+from vlmfast.visual import Cosines, View, VisualTokens, unit
 
 NAMES = ("cdpruner", "divprune", "visionzip", "vispruner")
 
@@ -91,6 +94,16 @@ def test_divprune_never_takes_a_token_twice():
     assert len(DivPrune(keep=11).choose(picture(12, features=x)).kept) == 11
     assert len(DivPrune(keep=11, parity="official").choose(picture(12, features=x)).kept) < 11
     assert any("fewer tokens" in note for note in DivPrune(parity="official").notes(None))
+
+
+def test_rows_of_cosines_come_once_and_some_ahead(monkeypatch):
+    x = unit(random(20, 5))
+    monkeypatch.setattr(Cosines, "AHEAD", 3)
+    cosines = Cosines(x)
+    for token in (4, 19, 4, 7):
+        torch.testing.assert_close(cosines.row(token, torch.arange(20.0)), x @ x[token])
+    assert list(cosines.rows) == [4, 19, 18, 17, 7]
+    assert len(Cosines(x[:2]).row(0, torch.zeros(2))) == 2, "fewer tokens than are taken ahead"
 
 
 # --- CDPruner ------------------------------------------------------------------------------------------------------
@@ -273,7 +286,7 @@ def test_visionzip_contextual_at_its_limits():
     one = picture(24)
     plain = VisionZip(keep=8, contextual=0).choose(one)
     assert plain.kept.tolist() == one.scores["attention"].argsort(descending=True)[:8].sort().values.tolist()
-    torch.testing.assert_close(plain.features, one.features[plain.kept], rtol=0, atol=0)
+    assert plain.features is None, "nothing is merged"
     assert len(VisionZip(keep=8, contextual=1.0).choose(one).kept) == 8
     assert len(VisionZip(keep=23, contextual=23).choose(one).kept) == 23
     assert len(VisionZip(keep=1, contextual=1).choose(one).kept) == 1
@@ -462,3 +475,40 @@ def test_cosine_oracle():
     a, b = random(2, 5)
     assert cosine(a, b) == pytest.approx(float(cosine_similarity(a, b, dim=0)), abs=1e-6)
     assert cosine(a, 0 * b) == 0
+
+
+# --- the benchmark -------------------------------------------------------------------------------------------------
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("bench_selection", ROOT / "scripts" / "bench_selection.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = script()
+
+
+@pytest.mark.parametrize("name", bench.PRUNERS)
+def test_methods_keep_what_a_straightforward_reading_keeps(name):
+    """Of a made-up picture; `random` has nothing to read."""
+    row = bench.measure(name, "576 -> 64", 1, [1], width=128)
+    assert row["ms"][1] > 0
+    assert row["equal"] is (True if name in bench.REFERENCES else None)
+    assert name in bench.REFERENCES or name == "random"
+
+
+def test_benchmark_prints_writes_and_notices(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "rows.json"
+    options = ["--repeats", "1", "--threads", "1", "--width", "16", "--methods", "fastervlm", "--out", str(out)]
+    assert bench.main(options) == 0
+    assert "fastervlm" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["size"] for row in rows] == list(bench.SIZES) and all(row["equal"] for row in rows)
+    monkeypatch.setitem(bench.REFERENCES, "fastervlm", lambda visual, method: list(range(64)))
+    assert bench.main([*options, "--sizes", "576 -> 64"]) == 1
+    assert "other tokens than the straightforward reading: fastervlm" in capsys.readouterr().err
+    assert bench.main(["--methods", "fastvlm"]) == 2
+    assert "did you mean fastervlm?" in capsys.readouterr().err
+    assert bench.main(["--repeats", "0"]) == 2

@@ -209,6 +209,29 @@ def unit(features: Tensor) -> Tensor:
     return features / features.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
+class Cosines:
+    """Cosines of tokens to all others, a row when it is asked for: greedy choices need few, and never all pairs.
+
+    A row alone reads all features for one product each. So rows that will probably be asked for come along: `likely`
+    ranks the tokens, and in a greedy choice the next ones are among the best now, four times out of five or more.
+    """
+
+    AHEAD = 16
+
+    def __init__(self, x: Tensor) -> None:
+        """x: [N, D] of length one."""
+        self.x = x
+        self.rows: dict[int, Tensor] = {}
+
+    def row(self, token: int, likely: Tensor) -> Tensor:
+        """Cosines of a token to all. likely: [N] scores, the largest of those asked for next -> [N]"""
+        if token not in self.rows:
+            ahead = likely.topk(min(self.AHEAD, len(likely))).indices.tolist()
+            wanted = [token, *(i for i in ahead if i != token and i not in self.rows)]
+            self.rows.update(zip(wanted, self.x[wanted] @ self.x.T))
+        return self.rows[token]
+
+
 def canvas_order(
     crops: tuple[int, int], side: int, image_size: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -37,8 +37,10 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
+from vlmfast.decoders import Sizes
 from vlmfast.families import Tower
-from vlmfast.visual import View, VisualTokens, top, unit
+from vlmfast.towers import Picture
+from vlmfast.visual import Cosines, View, VisualTokens, top, unit
 
 NOISE = 1e-6  # of a token's own L_jj: what rounding in fp32 leaves of it when the chosen ones explain it
 
@@ -66,19 +68,20 @@ def greedy_map(features: Tensor, relevant: Tensor, k: int, official: bool = Fals
     start = relevant.square() * x.square().sum(-1)
     variance, floor = start.clone(), NOISE * start
     factor = x.new_zeros(k, len(x))
-    order: list[Tensor] = []
+    order: list[int] = []
+    cosines = Cosines(x)
     for step in range(k):
-        open_ = variance if official else variance.masked_fill(variance <= floor, -torch.inf)
-        best, j = open_.max(dim=0)
-        if not official and best == -torch.inf:
+        gain = variance if official else variance.masked_fill(variance <= floor, -torch.inf)
+        j = int(gain.argmax())
+        if not official and gain[j] == -torch.inf:
             break
         order.append(j)
-        row = relevant * (x @ x[j]) * relevant[j]
+        row = relevant * cosines.row(j, gain) * relevant[j]
         row = (row - factor[:step, j] @ factor[:step]) / variance[j].sqrt()
         factor[step] = row
         variance = variance - row.square()
         variance[j] = -torch.inf
-    chosen = torch.stack(order) if order else torch.empty(0, dtype=torch.long, device=x.device)
+    chosen = torch.tensor(order, dtype=torch.long, device=x.device)
     if len(chosen) == k:
         return chosen
     rest = relevant.index_fill(0, chosen, -torch.inf)
@@ -113,6 +116,14 @@ class CDPruner(Pruner):
         if self.parity == "official":
             notes.append("cdpruner: the official form keeps fewer tokens than asked where its numbers break down")
         return tuple(notes)
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """Tokens times question; in every view a row of cosines and of the factor for each token taken (rows fetched
+        in advance apart). All text counts as question.
+        """
+        views, width = picture.patches[0], model.decoder.width
+        n, k = picture.tokens / views, self.kept_of(picture) / views
+        return round(2 * picture.tokens * text * width + views * k * n * (2 * width + k - 1))
 
     def select(self, visual: VisualTokens) -> Tensor:
         """Features [N, D] and question [T, D] -> kept [budget]; official: up to budget."""

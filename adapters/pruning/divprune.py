@@ -12,7 +12,8 @@ Shapes: x [N, D] -> kept [budget]. All tokens of a picture compete, whatever vie
 code; it needs neither the vision tower's attention nor the question.
 
 The minimum over the chosen tokens is carried along: O(budget N D) and no N x N matrix, where the official code gathers
-and reduces all chosen rows anew for every token it takes. Only the first token needs all pairs, in blocks.
+and reduces all chosen rows anew for every token it takes. Only the first token needs all pairs, which are looked at in
+blocks.
 
 Differs from the authors' code:
 - a chosen token cannot be chosen again (theirs can be, with duplicates: fewer tokens than asked; back with
@@ -32,8 +33,10 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
+from vlmfast.decoders import Sizes
 from vlmfast.families import Tower
-from vlmfast.visual import VisualTokens, budget, unit
+from vlmfast.towers import Picture
+from vlmfast.visual import Cosines, VisualTokens, budget, unit
 
 ROWS = 512  # of the block in which all pairs are looked at
 
@@ -58,15 +61,16 @@ def max_min(features: Tensor, k: int, official: bool = False) -> Tensor:
     """Greedy max-min diversity. [N, D] -> indices in the order of choice [k]; official: may repeat an index."""
     x = unit(features)
     distance = 1 - nearest_similarity(x)
-    order = [distance.argmax()]
-    distance = torch.full_like(distance, torch.inf)
+    order, cosines = [int(distance.argmax())], Cosines(x)
+    least = torch.full_like(distance, torch.inf)
     for _ in range(k - 1):
         last = order[-1]
-        torch.minimum(distance, 1 - x @ x[last], out=distance)
+        torch.minimum(least, 1 - cosines.row(last, distance), out=least)
         if not official:
-            distance[last] = -torch.inf
-        order.append(distance.argmax())
-    return torch.stack(order)
+            least[last] = -torch.inf
+        distance = least
+        order.append(int(least.argmax()))
+    return torch.tensor(order, device=x.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,12 @@ class DivPrune(Pruner):
         if self.parity == "repaired":
             return ()
         return ("divprune: the official form may choose a duplicate twice and then keeps fewer tokens than asked",)
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """All pairs once, in blocks, and a row of cosines for every token taken (rows fetched in advance apart)."""
+        n = picture.tokens
+        pairs = sum(min(ROWS, n - start) * (n - start) for start in range(0, n, ROWS))
+        return 2 * model.decoder.width * (pairs + (self.kept_of(picture) - 1) * n)
 
     def select(self, visual: VisualTokens) -> Tensor:
         """Features [N, D] -> kept [budget]; official: up to budget."""

@@ -37,7 +37,9 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import ClsPruner
+from vlmfast.decoders import Sizes
 from vlmfast.families import Family, Tower
+from vlmfast.towers import Picture
 from vlmfast.visual import Choice, Score, VisualTokens, apportion, budget, top, unit
 
 OFFICIAL = (
@@ -95,6 +97,13 @@ def _one_by_one(tower: Tower) -> bool:
     return tower.merge == 1 and tower.layers == 1
 
 
+def _project(visual: VisualTokens, outputs: Tensor) -> Tensor:
+    """Tower outputs of all views as visual tokens: one call, since reading the weights is what it costs. [m, C]"""
+    if visual.project is None:
+        raise NotImplementedError(OFFICIAL)
+    return visual.project(outputs)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(ClsPruner):
     """contextual: share of the budget (float) or tokens of a picture (int) that sum up what is dropped."""
@@ -146,6 +155,18 @@ class VisionZip(ClsPruner):
             what = "means of visual tokens, after the projector"
         return (*super().notes(tower), f"visionzip: contextual tokens are {what}")
 
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """In every view: cosines of keys between what is not dominant and the targets, and the means as one product;
+        these are projected where the projector works token by token.
+        """
+        views, k = picture.patches[0], self.kept_of(picture)
+        c, width = self._contextual(k), model.vision.width
+        projected = model.projects and _one_by_one(model.tower)
+        cosines = (picture.tokens - k + c) * c / views * (width // model.tower.heads)
+        means = c * picture.tokens / views * (width if projected else model.decoder.width)
+        each = model.vision.projector // model.vision.tokens if projected else 0
+        return round(2 * (cosines + means) + c * each)
+
     def select(self, visual: VisualTokens) -> Choice:
         """Scores [N], keys [N, d] -> kept [K] and their features [K, D]."""
         shares = apportion(budget(self.keep, len(visual)), [len(view) for view in visual.views])
@@ -165,28 +186,27 @@ class VisionZip(ClsPruner):
         return count
 
     def _repaired(self, visual: VisualTokens, parts: list[tuple[Tensor, int, int]]) -> Choice:
-        kept, features = [], []
+        before = visual.project is not None and "hidden" in visual.scores
+        averaged = visual.scores["hidden"] if before else visual.features
+        dominant, targets, merged = [], [], []
         for index, k, c in parts:
             one = take_apart(visual.scores["attention"][index], visual.scores["keys"][index], k - c, c)
-            kept += [index[one.dominant], index[one.targets]]
-            features.append(visual.features[index[one.dominant]])
-            features.append(self._merged(visual, index, one))
-        indices = torch.cat(kept)
+            dominant.append(index[one.dominant])
+            targets.append(index[one.targets])
+            merged.append(merge(averaged[index], one).to(visual.features))
+        indices = torch.cat(dominant + targets)
         order = indices.argsort()
-        return Choice(indices[order], torch.cat(features)[order])
-
-    def _merged(self, visual: VisualTokens, index: Tensor, one: Zip) -> Tensor:
-        """Contextual tokens of a view, as visual tokens. -> [c, D]"""
-        if visual.project is None or "hidden" not in visual.scores:
-            return merge(visual.features[index], one).to(visual.features)
-        hidden = merge(visual.scores["hidden"][index], one, self.parity == "official")
-        return visual.project(hidden.to(visual.features))
+        contextual = torch.cat(merged)
+        if not len(contextual):
+            return Choice(indices[order])
+        if before:
+            contextual = _project(visual, contextual)
+        features = torch.cat([visual.features[torch.cat(dominant)], contextual])
+        return Choice(indices[order], features[order])
 
     def _official(self, visual: VisualTokens, parts: list[tuple[Tensor, int, int]]) -> Choice:
         """CLS, dominant, contextual of every view in turn, over as many places as there are such tokens."""
-        if visual.project is None:
-            raise NotImplementedError(OFFICIAL)
-        kept, places, features = [], [], []
+        kept, places, features, towers = [], [], [], []
         for index, k, c in parts:
             if c == k:
                 raise ValueError(f"visionzip:parity=official with {c} contextual tokens of {k}: CLS needs one of them")
@@ -195,9 +215,11 @@ class VisionZip(ClsPruner):
             free = torch.ones_like(index, dtype=torch.bool)
             free[one.dominant] = free[one.targets] = False
             places.append(index[free][:1])  # CLS has no place of its own among the patches
-            features.append(visual.project(visual.scores["cls"][index[:1]].to(visual.features)))
+            contextual = merge(visual.scores["hidden"][index], one, official=True)
+            towers.append(torch.cat([visual.scores["cls"][index[:1]], contextual]).to(visual.features))
             features.append(visual.features[index[one.dominant]])
-            features.append(self._merged(visual, index, one))
+        projected = _project(visual, torch.cat(towers)).split([len(one) for one in towers])
+        features = [part for new, own in zip(projected, features) for part in (new[:1], own, new[1:])]
         indices = torch.cat(kept).sort().values
         slots = torch.cat([indices, *places]).sort().values
         if visual.slots is not None:

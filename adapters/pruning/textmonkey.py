@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import Pruner
+from vlmfast.decoders import Sizes
+from vlmfast.towers import Picture
 from vlmfast.visual import VisualTokens, top, unit
 
 ROWS = 256  # rows of the similarity matrix that exist at a time
@@ -60,6 +62,11 @@ class TextMonkey(Pruner):
         super().__post_init__()
         if self.thumbnail not in ("filtered", "whole"):
             raise ValueError(f"thumbnail={self.thumbnail!r}: choose 'filtered' or 'whole'")
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """Cosines of every token to the later ones, in blocks; as of one view."""
+        n = picture.tokens - 1
+        return 2 * model.decoder.width * sum(min(ROWS, n - start) * (n - start) for start in range(0, n, ROWS))
 
     def select(self, visual: VisualTokens) -> Tensor:
         """Features [N, D] -> kept [budget]."""

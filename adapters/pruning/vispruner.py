@@ -33,7 +33,9 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.base import ClsPruner
+from vlmfast.decoders import Sizes
 from vlmfast.families import Tower
+from vlmfast.towers import Picture
 from vlmfast.visual import Score, View, VisualTokens, top, unit
 
 DROPPED = 8  # tokens a round
@@ -83,6 +85,12 @@ class VisPruner(ClsPruner):
             "attention": Score(layer, "cls_row" if self.follows_cls(tower) else "column_mean"),
             "hidden": Score(layer, "hidden"),
         }
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """Cosines of all that is not important, in every view."""
+        views = picture.patches[0]
+        n, k = picture.tokens / views, self.kept_of(picture) / views
+        return round(2 * views * model.vision.width * (n - int(k * self.important)) ** 2)
 
     def select(self, visual: VisualTokens) -> Tensor:
         """Scores [N] and tower features [N, C] -> kept [budget]."""

@@ -107,7 +107,7 @@ def video(letter: str) -> Picture:
 def timed_video(letter: str) -> Picture:
     """As the Qwen2.5-VL processor gives it: with the seconds of a frame of the grid, other ones for other letters."""
     plain = video(letter)
-    seconds = torch.tensor([0.5 + ord(letter) % 2])
+    seconds = torch.tensor([0.5 + 2 * (ord(letter) % 2)])
     return Picture({**plain.inputs, "second_per_grid_ts": seconds}, plain.ids, plain.types)
 
 

@@ -97,9 +97,14 @@ class Selected:
 
 
 def following(positions: Tensor, real: Tensor) -> Tensor:
-    """Position after the last token that is not padding. positions: [B, L] or [A, B, L], real: [B, L] -> [B]."""
-    flat = positions if positions.ndim == 2 else positions[-3:].amax(0)
-    return flat.masked_fill(~real, -1).amax(1) + 1
+    """Position after the last token that is not padding. positions: [B, L] or [A, B, L], real: [B, L] -> [B].
+
+    M-RoPE: as `generate` goes on, from the last token and not from the time axis of a video, which may lie ahead. A
+    picture at the end counts by its sides.
+    """
+    flat = positions if positions.ndim == 2 else positions[-2:].amax(0)
+    last = real.shape[1] - 1 - real.long().flip(1).argmax(1, keepdim=True)
+    return torch.where(real.any(1), flat.gather(1, last)[:, 0] + 1, 0)
 
 
 def gather_index(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,8 +26,15 @@ OUTPUTS = ("hidden", "cls_hidden")  # statistics of a block's output rather than
 class Selector(Protocol):
     """What door 1 needs of a pruning method. Hashable: choices are remembered under it."""
 
-    uses_text: bool  # whether `choose` reads `visual.text`
-    keeps_newlines: bool  # whether places without a token stay when tokens are dropped
+    @property
+    def uses_text(self) -> bool:
+        """Whether `choose` reads `visual.text`."""
+        ...
+
+    @property
+    def keeps_newlines(self) -> bool:
+        """Whether places without a token stay when tokens are dropped."""
+        ...
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """The statistics the method needs, under its own names."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from vlmfast.adapter import Adapter
 from vlmfast.adapters.pruning.cdpruner import CDPruner
+from vlmfast.adapters.pruning.dart import Dart
 from vlmfast.adapters.pruning.divprune import DivPrune
 from vlmfast.adapters.pruning.evs import EVS
 from vlmfast.adapters.pruning.fastervlm import FasterVLM
@@ -23,8 +24,11 @@ from vlmfast.adapters.pruning.framefusion import FrameFusion
 from vlmfast.adapters.pruning.globalcom2 import GlobalCom2
 from vlmfast.adapters.pruning.grid import Grid
 from vlmfast.adapters.pruning.hiprune import HiPrune
+from vlmfast.adapters.pruning.lscenellm import LSceneLLM
+from vlmfast.adapters.pruning.pyramiddrop import PyramidDrop
 from vlmfast.adapters.pruning.random import Random
 from vlmfast.adapters.pruning.slime import Slime
+from vlmfast.adapters.pruning.sparsevlm import SparseVLM
 from vlmfast.adapters.pruning.textmonkey import TextMonkey
 from vlmfast.adapters.pruning.vidcom2 import VidCom2
 from vlmfast.adapters.pruning.visionzip import VisionZip
@@ -39,6 +43,7 @@ __all__ = [
     "DEFAULTS",
     "EVS",
     "CDPruner",
+    "Dart",
     "DivPrune",
     "FastV",
     "FasterVLM",
@@ -47,8 +52,11 @@ __all__ = [
     "GlobalCom2",
     "Grid",
     "HiPrune",
+    "LSceneLLM",
+    "PyramidDrop",
     "Random",
     "Slime",
+    "SparseVLM",
     "Support",
     "TextMonkey",
     "VidCom2",
@@ -65,6 +73,7 @@ __all__ = [
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "cdpruner": CDPruner,
+    "dart": Dart,
     "divprune": DivPrune,
     "evs": EVS,
     "fastervlm": FasterVLM,
@@ -74,8 +83,11 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "globalcom2": GlobalCom2,
     "grid": Grid,
     "hiprune": HiPrune,
+    "lscenellm": LSceneLLM,
+    "pyramiddrop": PyramidDrop,
     "random": Random,
     "slime": Slime,
+    "sparsevlm": SparseVLM,
     "textmonkey": TextMonkey,
     "vidcom2": VidCom2,
     "visionzip": VisionZip,

@@ -39,7 +39,7 @@ CORE = ("llava", "qwen2_5_vl")
 # Methods that choose by the frames of a video leave still images alone: they are tested on videos.
 VIDEO_ONLY = {name for name, cls in ADAPTERS.items() if "image" not in getattr(cls, "modalities", ("image",))}
 # Methods whose kept places hold new features, so that a prompt cut by hand is not the same.
-MERGING = {"visionzip"}
+MERGING = {"sparsevlm", "visionzip"}
 PAIRS = [(name, family) for name in ADAPTERS for family in TINY if support(name, family).reason is None]
 REFUSED = [(name, family) for name in ADAPTERS for family in TINY if support(name, family).reason is not None]
 BEFORE_LM = {name for name, cls in ADAPTERS.items() if issubclass(cls, Pruner)}

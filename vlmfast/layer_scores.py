@@ -34,13 +34,11 @@ def measure(
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """One statistic for one prompt. -> [K - start], or [R, K - start], [H, K - start]
+    """A statistic of kind "attention" for one prompt. -> [K - start], or [R, K - start], [H, K - start]
 
     query: places [r] -> queries [1, H, r, d]; rows: [R] places among the new tokens; key: [1, H_kv, K, d], whose last
     K - start are the new tokens'; mask: None (causal), [1, K] bool of real keys, or [1, 1, Q, K] bool or additive.
     """
-    if score.kind == "key_norm":
-        return key[0, :, start:].float().abs().sum(dim=(0, 2))
     columns = torch.arange(key.shape[2], device=key.device)
     heads = query(rows[:1]).shape[1]
     limit = ENTRIES_CPU if key.device.type == "cpu" else ENTRIES
@@ -63,16 +61,29 @@ def measure(
     return by_head if score.reduce == "heads" else by_head.mean(0)
 
 
+def rotated(module: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys behind the rotary embedding of the module's family. [1, H, M, d], cos, sin: [1, M, d]"""
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    return rotate(heads, heads[:, :0], cos, sin)[0]
+
+
+def key_norm(module: Any, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """L1 norm of each key without its rotary embedding, all heads together. [1, H_kv, M, d] -> [M]"""
+    return rotated(module, key.float(), cos.float(), -sin.float())[0].abs().sum(dim=(0, 2))
+
+
 @dataclass
 class LayerTaps:
     """Takes statistics of one decoder layer while it runs (the object behind `vlmfast.attention.KEYWORD`).
 
-    asked: by batch row. start: how many keys the layer returns before those of the new tokens.
-    results: {row: {name: statistic over the new tokens}}.
+    asked: by batch row. start: how many keys the layer returns before those of the new tokens. cos, sin: of the new
+    tokens, [1 or B, M, d]. results: {row: {name: statistic over the new tokens}}.
     """
 
     asked: dict[int, Asked]
     start: int
+    cos: Tensor
+    sin: Tensor
     results: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     closed: bool = False  # set when read: a recomputation (gradient checkpointing) takes nothing again
 
@@ -86,17 +97,12 @@ class LayerTaps:
         end = self.start + query.shape[2]
         for row, asked in self.asked.items():
             mine = None if mask is None else mask[row : row + 1] if mask.shape[0] > 1 else mask
-            take = _Rows(query[row : row + 1])
+            take, keys = _Rows(query[row : row + 1]), key[row : row + 1, :, :end]
+            cos, sin = (one[row : row + 1] if len(one) > 1 else one for one in (self.cos, self.sin))
             self.results[row] = {
-                name: measure(
-                    score,
-                    take,
-                    asked.rows[name].to(key.device),
-                    key[row : row + 1, :, :end],
-                    self.start,
-                    mine,
-                    scaling,
-                )
+                name: measure(score, take, asked.rows[name].to(key.device), keys, self.start, mine, scaling)
+                if score.kind == "attention"
+                else key_norm(module, keys[:, :, self.start :], cos, sin)
                 for name, score in asked.scores.items()
             }
 
@@ -142,8 +148,12 @@ class OwnAttention:
         if norm is not None:
             heads = norm(heads)
         heads = heads.transpose(1, 2)
-        rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
-        return rotate(heads, heads[:, :0], self.cos[..., rows, :], self.sin[..., rows, :])[0]
+        return rotated(module, heads, self.cos[..., rows, :], self.sin[..., rows, :])
+
+
+def rotates(layer: Any) -> bool:
+    """Whether the rotary embedding of a decoder layer's keys can be taken back."""
+    return hasattr(sys.modules[type(layer.self_attn).__module__], "apply_rotary_pos_emb")
 
 
 def plain(layer: Any) -> bool:
@@ -152,4 +162,4 @@ def plain(layer: Any) -> bool:
     if module is None or not all(hasattr(module, name) for name in ("q_proj", "k_proj", "head_dim", "config")):
         return False
     gated = module.q_proj.out_features != module.config.num_attention_heads * module.head_dim
-    return not gated and hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb")
+    return not gated and rotates(layer)

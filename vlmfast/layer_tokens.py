@@ -16,7 +16,8 @@ from vlmfast.visual import VisualTokens
 class LayerScore:
     """A statistic of one decoder layer's attention, fp32, over all tokens of a prompt that the layer holds.
 
-    kind: "attention" of some queries, softmax over all keys; "key_norm": L1 norm of each key, all key heads together.
+    kind: "attention" of some queries, softmax over all keys; "key_norm": L1 norm of each key, all key heads together,
+        before the rotary embedding (behind it an L1 norm would tell of the position, padding included).
     queries: "last": the last token of the prompt (in training every token before an answer begins); "question": the
         text after the last picture; "chosen": those of the question that the method's `raters` name; "all".
     reduce: "mean": over heads and queries [n]; "rows": over heads [R, n]; "heads": over queries [H, n].
@@ -35,7 +36,8 @@ class LayerTokens:
     """The visual tokens of one picture between two decoder layers, and the text they share a prompt with.
 
     layer: 0-based layer they are about to enter, of `depth`. hidden: [n, D] their hidden states, in the order of the
-    prompt. text: [T, D] hidden states of the prompt's text tokens. index: [n] which of the picture's own tokens
+    prompt. text: [T, D] hidden states of the prompt's text tokens; question: [T] which of them come after the last
+    picture (all, where none does). index: [n] which of the picture's own tokens
     (`visual`) each one is; `visual.grid`, `visual.views` tell where these lie. total: how many reached the language
     model. keep: how many the method announced to leave (`left`), None where it decides only now.
     scores, text_scores: the statistics asked for, over the picture's tokens [..., n] and over the text [..., T].
@@ -48,6 +50,7 @@ class LayerTokens:
     depth: int
     hidden: Tensor
     text: Tensor
+    question: Tensor
     index: Tensor
     visual: VisualTokens
     total: int
@@ -81,6 +84,11 @@ class LayerSelector(Protocol):
     """What door 2 needs of a method that drops visual tokens between decoder layers."""
 
     name: str
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the layers were set by hand, and none may be left out."""
+        ...
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """Before which layers of `depth` tokens are dropped: ascending, 1 or more. Raises ValueError for others."""

@@ -25,7 +25,7 @@ from vlmfast.attention import KEYWORD, tap
 from vlmfast.families import Positions
 from vlmfast.inputs import Door
 from vlmfast.layer_cache import LAYERS, LayerState, Stage, later_mask, layer_state, prompt_mask, sizes, window_of
-from vlmfast.layer_scores import Asked, LayerTaps, OwnAttention, measure, plain
+from vlmfast.layer_scores import Asked, LayerTaps, OwnAttention, key_norm, measure, plain, rotates
 from vlmfast.layer_tokens import PROMPT, Cut, LayerSelector, LayerTokens, Placed, Prompt
 from vlmfast.patching import HANDLE, Patch, Report
 from vlmfast.rewriting import compact, gather_index
@@ -62,8 +62,12 @@ class LayersDoor:
         decoder = patch.base.get_decoder()
         self.config = decoder.config
         self.depth = len(decoder.layers)
+        vision = patch.model.config.vision_config
+        self.stacked = len(getattr(vision, "deepstack_visual_indexes", ())) if self.family.deepstack else 0
         self.cuts = selector.layers(self.depth)
-        self.linear = self._check(patch.model, decoder)
+        if not selector.fixed:  # early cuts of a schedule by depth are left out where features are still added
+            self.cuts = tuple(cut for cut in self.cuts if cut >= self.stacked) or (self.stacked,)
+        self.linear = self._check(decoder)
         doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, Door)]
         inputs = doors[0] if doors else Door(patch, Everything(), None)
         if inputs.tells:
@@ -78,7 +82,7 @@ class LayersDoor:
         for number in range(self.cuts[0] - 1, self.depth):
             patch.hook(decoder.layers[number], Enter(number), before=True)
 
-    def _check(self, model: Any, decoder: Any) -> list[int]:
+    def _check(self, decoder: Any) -> list[int]:
         """Refuse decoders and layers that this cannot work on. -> layers without attention"""
         name = self.selector.name
         if (
@@ -103,11 +107,10 @@ class LayersDoor:
                 f"{'/'.join(map(str, self.cuts))}; only layers {'/'.join(map(str, attends))} of this decoder attend "
                 "(the others hold one state of all tokens), and the first of them must see everything"
             )
-        stacked = getattr(model.config.vision_config, "deepstack_visual_indexes", ()) if self.family.deepstack else ()
-        if self.cuts[0] < len(stacked):
+        if self.cuts[0] < self.stacked:
             raise ValueError(
                 f"{name} drops tokens before layer {self.cuts[0]}, but {self.family.name} adds features of the vision "
-                f"tower to all visual tokens behind its first {len(stacked)} layers: choose {len(stacked)} or more"
+                f"tower to all visual tokens behind its first {self.stacked} layers: choose {self.stacked} or more"
             )
         implementation = self.config._attn_implementation or "eager"
         if not any(known in implementation for known in IMPLEMENTATIONS):
@@ -119,9 +122,9 @@ class LayersDoor:
                 layer = decoder.layers[cut if score.own else cut - 1]
                 if getattr(layer.self_attn, "attn_logit_softcapping", None) is not None:
                     raise NotImplementedError(f"{name}: attention scores of layers with capped logits")
-                if score.own and not plain(layer):
+                if (score.own and not plain(layer)) or (score.kind == "key_norm" and not rotates(layer)):
                     raise NotImplementedError(
-                        f"{name} needs the queries and keys of a decoder layer before it runs; "
+                        f"{name} needs queries and keys of a decoder layer apart from its attention; "
                         f"{type(layer.self_attn).__name__} does not compute them in a known way"
                     )
         return [layer for layer in range(self.depth) if layer not in attends]
@@ -313,7 +316,7 @@ class Prefill:
             scores = {name: score for name, score in door.selector.asks(number + 1).items() if not score.own}
             if scores:
                 start = self.held - sizes(self.cache, hidden.shape[1], number)[1]
-                self.taps = LayerTaps(self._asked(number + 1, scores), start)
+                self.taps = LayerTaps(self._asked(number + 1, scores), start, *kwargs["position_embeddings"])
                 kwargs[KEYWORD] = self.taps
         return hidden, kwargs
 
@@ -418,6 +421,8 @@ class Prefill:
             mine = None if mask is None else mask[row : row + 1] if mask.shape[0] > 1 else mask
             results[row] = {
                 name: measure(score, own, asked.rows[name], keys, start, mine, layer.self_attn.scaling)
+                if score.kind == "attention"
+                else key_norm(layer.self_attn, keys[:, :, start:], cos, sin)
                 for name, score in scores.items()
             }
         return results
@@ -474,6 +479,7 @@ class Prefill:
             depth=self.door.depth,
             hidden=states[columns],
             text=states[text],
+            question=self.question[one.row][self.index[one.row]][text],
             index=one.index,
             visual=one.placed.visual,
             total=len(one.placed.columns),

@@ -70,7 +70,8 @@ class Family:
     three axes. tower: config -> Tower. vision: (config, patch grid) -> cost of the vision side. sources: "image" and,
     where the family takes them, "video". cls: the stock tower has a CLS token (`Tower.has_cls` is what holds for a
     config). crops: an image may come as a thumbnail and crops of its own. first_position: position of the first token
-    of a prompt. deepstack: features are added after the first decoder layers, too. projector: path to a module that
+    of a prompt. deepstack: features are added after the first decoder layers, too. hybrid: most decoder layers have no
+    attention but one state for all tokens. projector: path to a module that
     maps tower features to visual tokens one by one, None where there is none such. nominal: (config, "image" or
     "video") -> sizes of a usual picture, for solving `keep`; None: see vlmfast.solving.
     """
@@ -87,6 +88,7 @@ class Family:
     crops: bool = False
     first_position: int = 0
     deepstack: bool = False
+    hybrid: bool = False
     projector: str | None = None
     nominal: Callable[[Any, str], Picture] | None = None
 

@@ -152,7 +152,9 @@ def _qwen3_vision(config: Any, grid: Grid) -> Vision:
     return _cost(config, grid, width=tower.hidden_size, ff=ff, matrices=2, out=out, mergers=mergers)
 
 
-def _family(name: str, vision: Callable[[Any, Grid], Vision], deepstack: bool = False) -> Family:
+def _family(
+    name: str, vision: Callable[[Any, Grid], Vision], deepstack: bool = False, hybrid: bool = False
+) -> Family:
     return Family(
         name=name,
         blocks=("visual.blocks",),
@@ -163,6 +165,7 @@ def _family(name: str, vision: Callable[[Any, Grid], Vision], deepstack: bool = 
         vision=vision,
         sources={"image": IMAGE, "video": VIDEO},
         deepstack=deepstack,
+        hybrid=hybrid,
     )
 
 
@@ -171,6 +174,6 @@ FAMILIES = (
     _family("qwen2_5_vl", _qwen2_5_vision),
     _family("qwen3_vl", _qwen3_vision, deepstack=True),
     _family("qwen3_vl_moe", _qwen3_vision, deepstack=True),
-    _family("qwen3_5", _qwen3_vision),
-    _family("qwen3_5_moe", _qwen3_vision),
+    _family("qwen3_5", _qwen3_vision, hybrid=True),
+    _family("qwen3_5_moe", _qwen3_vision, hybrid=True),
 )

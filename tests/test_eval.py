@@ -136,6 +136,27 @@ def test_results(finished):
     assert strip[0] == strip[1] == strip[2]
 
 
+def test_cost_of_cuts_inside_the_language_model(folders, tmp_path):
+    """Every layer counts with what it holds, and the statistic of the layer before the cut is paid for."""
+    whole = new_model("llava")
+    config = whole.config
+    config.text_config.num_hidden_layers, config.vision_config.num_hidden_layers = 3, 2
+    if kinds := getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = kinds[:3]
+    model = type(whole)(config)
+    model.generation_config = whole.generation_config
+    model.save_pretrained(tmp_path / "deep")
+    new_processor("llava").save_pretrained(tmp_path / "deep")
+    path = evaluate([str(tmp_path / "deep")], ["fastv:keep=0.25"], [], ["word"], tmp_path, limit=2, progress=False)[-1]
+    result = read_result(path)
+    tokens = result.cost["visual_tokens_before"]
+    assert result.cost["visual_tokens_per_layer"] == [tokens, tokens, tokens / 4]
+    assert result.cost["visual_tokens"] == tokens / 4
+    assert result.cost["selection"] > 0
+    assert all(len(sample["kept"][0]) == tokens / 4 for sample in result.samples)
+    assert all(record["layers"] == [tokens, tokens, tokens / 4] for record in answers(path))
+
+
 def test_keeping_all_answers_as_the_unpatched_model(finished):
     assert [r["answer"] for r in answers(finished[0])] == [r["answer"] for r in answers(finished[1])]
 

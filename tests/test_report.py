@@ -225,6 +225,15 @@ class TestRows:
         assert [row.spec for row in section.rows] == ["grid:keep=1.0", "grid:keep=0.5", "grid:keep=1"]
         assert section.rows[-1].keep_text == "1" and section.rows[0].keep_text == "1.0"
 
+    def test_tokens_are_the_mean_over_the_layers(self):
+        one = made_up("testbed:llava", "fastv:keep=0.5")
+        one.cost["visual_tokens_per_layer"] = [144.0, 144.0, 72.0, 72.0]
+        (section,) = arrange([one])
+        assert section.rows[0].tokens == 108
+        console = Console(file=io.StringIO(), width=200)
+        print_tables([section], console)
+        assert " 108 " in console.file.getvalue() and "mean over the layers" in console.file.getvalue()
+
     def test_settings_make_a_line_of_their_own(self):
         assert line_label("hiprune:keep=0.33") == ("hiprune", "")
         assert line_label("hiprune:keep=0.33,alpha=0.2") == ("hiprune", "alpha=0.2")

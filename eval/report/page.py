@@ -78,7 +78,7 @@ COLUMNS = (
         lambda row: text.interval(row.difference, difference=True),
         lambda row: row.difference and row.difference.value,
     ),
-    Column("tokens", "per image", lambda row: text.count(row.tokens), lambda row: row.tokens),
+    Column("tokens", "mean of layers", lambda row: text.count(row.tokens), lambda row: row.tokens),
     Column("prefill", "GFLOPs", lambda row: text.gflops(row.flops), lambda row: row.flops),
     Column("share", "% of FLOPs", lambda row: text.percent(row.share, 0), lambda row: row.share),
     Column("TTFT", "ms", lambda row: text.timing(row.ttft), lambda row: row.ttft and row.ttft.value),

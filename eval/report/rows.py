@@ -47,7 +47,7 @@ class Row:
     tasks: Mapping[str, Interval]  # headline metrics
     flops: float | None
     share: float | None
-    tokens: float | None
+    tokens: float | None  # visual tokens of a picture, mean over the decoder layers
     tokens_before: float | None
     kv_bytes: float | None
     ttft: Interval | None
@@ -160,7 +160,7 @@ def _row(result: Result, label: str) -> Row:
         tasks={name: metric_interval(task.metrics[task.headline]) for name, task in result.tasks.items()},
         flops=cost.get("total_prefill"),
         share=1.0 if unpatched else cost.get("share_of_unpatched"),
-        tokens=cost.get("visual_tokens"),
+        tokens=fmean(layers) if (layers := cost.get("visual_tokens_per_layer")) else cost.get("visual_tokens"),
         tokens_before=cost.get("visual_tokens_before"),
         kv_bytes=cost.get("kv_bytes"),
         ttft=_timing(latency.get("ttft_ms")),

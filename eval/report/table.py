@@ -39,7 +39,7 @@ def summary(section: Section, *, narrow: bool = False) -> Table:
     table = _table("Mean over the tasks", narrow)
     table.add_column("accuracy %\n\\[95 %]", justify="right")
     table.add_column("vs un-\npatched" if narrow else "vs unpatched\npoints \\[95 %]", justify="right")
-    table.add_column("tokens\n/image", justify="right")
+    table.add_column("tokens\n/layer", justify="right")
     table.add_column("prefill\nGFLOPs", justify="right")
     table.add_column("\n%", justify="right")
     table.add_column("TTFT\nms", justify="right")
@@ -94,6 +94,7 @@ def notes(section: Section) -> list[str]:
     ]
     if section.convention:
         lines.append(f"FLOPs and KV are means per prompt. {section.convention}.")
+    lines.append("Tokens: visual tokens of a picture, mean over the layers of the language model.")
     if any(row.speedup for row in section.rows):
         lines.append("Speed-up: unpatched TTFT over this TTFT, both measured in turns in one process.")
     if any(row.beaten or row.beaten_tasks for row in section.rows):

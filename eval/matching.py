@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from vlmfast.adapters import from_spec, to_spec
+from vlmfast.adapters import ADAPTERS, from_spec, support, to_spec
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.tasks import Doc, image
 from vlmfast.families import family_of
@@ -34,23 +34,44 @@ def usual_prompt(
     return text, Picture(patches=patches, tokens=span, span=span)
 
 
+ALL = "all"  # in place of a spec: every method
+
+
+def named(specs: Sequence[str], family: str) -> dict[str, bool]:
+    """The specs for one family, "all" taken apart. -> spec: whether it was named itself
+
+    "all" stands for every method that works on images of the family, with the settings it needs there.
+    """
+    found: dict[str, bool] = {}
+    for spec in specs:
+        if spec.strip() != ALL:
+            found[spec] = True
+            continue
+        for name, cls in ADAPTERS.items():
+            answer = support(name, family)
+            if answer.reason is None and "image" in getattr(cls, "modalities", ("image",)):
+                settings = ",".join(f"{key}={value}" for key, value in answer.needs.items())
+                found.setdefault(f"{name}:{settings}" if settings else name, False)
+    return found
+
+
 def expand_flops(
-    specs: Sequence[str],
+    specs: Mapping[str, bool],
     shares: Sequence[float],
     folder: Path,
     tasks: Mapping[str, Any],
     documents: Mapping[str, Sequence[Doc]],
-) -> tuple[str, ...]:
-    """All runs of one model: "none", then every spec at every share of the unpatched prefill FLOPs.
+) -> tuple[tuple[str, ...], list[str]]:
+    """All runs of one model: "none", then every spec at every share of the unpatched prefill FLOPs. -> (runs, notes)
 
-    shares: in (0, 1], vision tower and selection included. A spec that names its keep runs as it is; others get
-    `keep` as a number of tokens, the nearest that reaches the share. Raises ValueError where a method cannot reach it,
-    naming what it can.
+    specs: from `named`. shares: in (0, 1], vision tower and selection included. A spec that names its keep runs as it
+    is; others get `keep` as a number of tokens, the nearest that reaches the share. Where a method cannot reach a
+    share there is no run: a ValueError for a spec that was named itself, a note for one of "all".
     """
     config = AutoConfig.from_pretrained(folder)
     text, picture = usual_prompt(folder, tasks, documents)
-    runs = ["none"]
-    for spec in specs:
+    runs, notes = ["none"], []
+    for spec, by_name in specs.items():
         adapters = from_spec(spec)
         if not any(leaves_keep_open(part) for part in spec.split("+")):
             runs.append(to_spec(adapters))
@@ -61,10 +82,13 @@ def expand_flops(
                 try:
                     keep = solve_keep(config, adapters, share, text=text, picture=picture)
                 except ValueError as error:
-                    raise ValueError(f"{spec}: {error}") from None
+                    if by_name:
+                        raise ValueError(f"{spec}: {error}") from None
+                    notes.append(f"no run of {spec}: {error}")
+                    continue
             whole = 1.0 if keep == 1 else max(1, round(keep * picture.tokens))
             runs.append(to_spec(with_keep(adapters, whole)))
-    return tuple(dict.fromkeys(runs))
+    return tuple(dict.fromkeys(runs)), notes
 
 
 def leaves_keep_open(part: str) -> bool:

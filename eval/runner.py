@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from vlmfast.adapters import from_spec, to_spec
-from vlmfast.eval.matching import expand_flops, leaves_keep_open
+from vlmfast.eval.matching import expand_flops, leaves_keep_open, named
 from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, weight_files
 from vlmfast.eval.progress import Bars
 from vlmfast.eval.results import check_identity, read_result, ready_folder
@@ -52,8 +52,9 @@ def evaluate(
     Parameters
     ----------
     models: `testbed:NAME`, folders, Hugging Face ids.
-    specs: method specs; a method that has a setting `keep` which the spec does not name runs with each of `keeps`.
-        The unpatched model ("none") always runs, and first: every other run is compared with it.
+    specs: method specs, or "all" for every method that works on images of the model's family; a method that has a
+        setting `keep` which the spec does not name runs with each of `keeps`. The unpatched model ("none") always runs,
+        and first: every other run is compared with it.
     keeps: shares in (0, 1] as floats, or numbers of visual tokens as ints.
     flops: shares of the unpatched prefill FLOPs instead of `keeps`: `keep` is solved for each model and method, so
         that all runs of a share cost the same.
@@ -85,8 +86,15 @@ def evaluate(
     chosen = choose(tasks)
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
     documents = {name: task.load(limit, seed) for name, task in chosen.items()}
-    same = () if flops else expand(specs, keeps)
-    runs = {name: same or expand_flops(specs, flops, folder, chosen, documents) for name, folder in folders.items()}
+    runs: dict[str, tuple[str, ...]] = {}
+    for name, folder in folders.items():
+        asked = named(specs, family_of(AutoConfig.from_pretrained(folder)).name)
+        if not flops:
+            runs[name] = expand(list(asked), keeps)
+            continue
+        runs[name], notes = expand_flops(asked, flops, folder, chosen, documents)
+        for note in notes:
+            print(f"{name}: {note}", file=sys.stderr)
     for name, folder in folders.items():
         check_specs(name, folder, runs[name])
     ready_folder(Path(out))

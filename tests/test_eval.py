@@ -19,7 +19,7 @@ from transformers import AutoConfig, GPT2Config
 import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.eval import runner, sweep
-from vlmfast.eval.matching import expand_flops, usual_prompt
+from vlmfast.eval.matching import expand_flops, named, usual_prompt
 from vlmfast.eval.models import load_model, model_folder, model_hash
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import Answers, load_results, read_result
@@ -364,7 +364,6 @@ SCRIPT = """
 import sys
 from vlmfast.adapters import from_spec
 from vlmfast.eval import runner, sweep
-from vlmfast.eval.matching import expand_flops, usual_prompt
 sweep.REPEATS = 1
 runner.cores = lambda: 1
 if __name__ == "__main__":
@@ -442,7 +441,8 @@ def test_runs_at_equal_flops():
     tasks = choose(["colour"])
     documents = {"colour": tasks["colour"].load(5, 0)}
     specs = ["none", "random", "fastv", "hiprune:keep=7"]
-    none, random, fastv, own = expand_flops(specs, [0.6], folder, tasks, documents)
+    (none, random, fastv, own), notes = expand_flops(named(specs, "llava"), [0.6], folder, tasks, documents)
+    assert not notes
     assert (none, own) == ("none", "hiprune:keep=7")
     keeps = [from_spec(spec)[0].keep for spec in (random, fastv)]
     assert keeps[1] < keeps[0] < 100, "FastV pays for the layers before its cut"
@@ -452,7 +452,17 @@ def test_runs_at_equal_flops():
     for spec in (random, fastv):
         assert abs(share_of(config, from_spec(spec), picture, text) - 0.6) < 0.006
     with pytest.raises(ValueError, match="random: a share of 0.01"):
-        expand_flops(["random"], [0.01], folder, tasks, documents)
+        expand_flops(named(["random"], "llava"), [0.01], folder, tasks, documents)
+    runs, notes = expand_flops(named(["all"], "llava"), [0.01], folder, tasks, documents)
+    assert runs == ("none",) and len(notes) == len(named(["all"], "llava"))
+
+
+def test_all_stands_for_every_method_with_what_it_needs():
+    assert named(["none", "hiprune:alpha=0.2"], "llava") == {"none": True, "hiprune:alpha=0.2": True}
+    everything = named(["all"], "qwen2_5_vl")
+    assert "fastervlm:fallback=received" in everything and "hiprune" in everything
+    assert "evs" not in everything, "videos only"
+    assert not any(everything.values())
 
 
 def test_expand():

@@ -155,6 +155,7 @@ def list_(
 
 MODEL_HELP = "Hugging Face id, folder, testbed:llava or testbed:qwen2_5_vl."
 METHOD_HELP = 'Spec such as hiprune:keep=0.33; join with +; "none" is the model as it is. Repeatable.'
+EVAL_METHOD_HELP = f'{METHOD_HELP[:-12]} "all" is every method that works on images. Repeatable.'
 
 Model = Annotated[str, typer.Option(metavar="ID", help=MODEL_HELP)]
 Models = Annotated[list[str], typer.Option("--model", metavar="ID", help=f"{MODEL_HELP} Repeatable.")]
@@ -228,7 +229,7 @@ examples:
 )
 def evaluate(
     model: Models = TESTBED,
-    method: Methods = METHODS,
+    method: Annotated[list[str], typer.Option("--method", metavar="SPEC", help=EVAL_METHOD_HELP)] = METHODS,
     keep: Annotated[
         str, typer.Option(metavar="LIST", help="For specs that name no keep: shares (0.5) or numbers of tokens (64).")
     ] = KEEPS,

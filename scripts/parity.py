@@ -27,6 +27,7 @@ from vlmfast.families import window_to_raster
 from vlmfast.visual import VisualTokens, canvas_order, window_order
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts are no package
+import parity_layers  # noqa: E402
 import parity_scores  # noqa: E402
 import parity_selection  # noqa: E402
 
@@ -125,6 +126,7 @@ def _sequence(hyper: dict[str, Any], kept: Tensor, array: Arrays) -> Checks:
 SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
     "fastervlm": fastervlm,
     "hiprune": hiprune,
+    **parity_layers.SETS,
     **parity_scores.SETS,
     **parity_selection.SETS,
 }

@@ -53,8 +53,8 @@ def evaluate(
     ----------
     models: `testbed:NAME`, folders, Hugging Face ids.
     specs: method specs, or "all" for every method that works on images of the model's family; a method that has a
-        setting `keep` which the spec does not name runs with each of `keeps`. The unpatched model ("none") always runs,
-        and first: every other run is compared with it.
+        setting `keep` which the spec does not name runs with each of `keeps`. The unpatched model ("none") always
+        runs, and first: every other run is compared with it.
     keeps: shares in (0, 1] as floats, or numbers of visual tokens as ints.
     flops: shares of the unpatched prefill FLOPs instead of `keeps`: `keep` is solved for each model and method, so
         that all runs of a share cost the same.

@@ -7,7 +7,7 @@ Times `choose` alone: features and statistics of the vision tower are there alre
 and one of five (2,880: a thumbnail and 2 x 2 crops), methods for videos on 16 and 80 frames of 36 tokens; the shapes
 are those of LLaVA-1.5-7B, the statistics like CLIP's: smooth over the grid with a common direction, attention with a
 heavy tail. Beside each a straightforward reading of its paper (scripts/selection_references.py), which must keep the
-same tokens: exit 1 where one does not.
+same tokens: exit 1 where one does not. With one thread the clock is process time, with more it is wall time.
 """
 
 from __future__ import annotations
@@ -94,14 +94,18 @@ def picture(views: int, wanted: dict[str, Score], video: bool, seed: int, width:
     )
 
 
-def median_ms(run: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of `repeats` runs after two to warm up, in milliseconds."""
+def median_ms(run: Callable[[], Any], repeats: int, threads: int) -> float:
+    """Median time of `repeats` runs after two to warm up, in milliseconds.
+
+    One thread: the process's own time, which other programs on the machine hardly touch; more: wall time.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
     times = []
     for i in range(repeats + 2):
-        start = time.perf_counter()
+        start = clock()
         run()
         if i >= 2:
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (clock() - start))
     return statistics.median(times)
 
 
@@ -127,13 +131,14 @@ def measure(
         with torch.no_grad():
             for count in threads:
                 torch.set_num_threads(count)
-                row["ms"][count] = median_ms(lambda: method.choose(visual), repeats)
+                row["ms"][count] = median_ms(lambda: method.choose(visual), repeats, count)
             if references and name in REFERENCES:
                 torch.set_num_threads(threads[0])
                 kept = method.choose(visual).kept.tolist()
-                start = time.perf_counter()
+                clock = time.process_time if threads[0] == 1 else time.perf_counter
+                start = clock()
                 theirs = REFERENCES[name](visual, method)
-                row["reference_ms"] = 1e3 * (time.perf_counter() - start)
+                row["reference_ms"] = 1e3 * (clock() - start)
                 row["equal"] = kept == theirs
                 row["differ"] = len(set(kept) - set(theirs))
     finally:

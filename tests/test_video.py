@@ -282,6 +282,7 @@ def fusion(one, hidden, index, method, depth, total, attention):
             depth=depth,
             hidden=hidden,
             text=hidden[:0],
+            question=hidden[:0],
             index=index,
             visual=one,
             total=total,
@@ -511,7 +512,8 @@ def filmed(request):
 
 def on_families(*specs):
     """Parametrize a test by methods and the families with videos that each works on."""
-    found = [(family, spec) for spec in specs for family in VIDEO_FAMILIES if works(spec, family)]
+    families = [family for family in VIDEO_FAMILIES if not family.endswith("_moe")]  # experts see one token at a time
+    found = [(family, spec) for spec in specs for family in families if works(spec, family)]
     return pytest.mark.parametrize(("filmed", "spec"), found, indirect=["filmed"])
 
 
@@ -532,7 +534,7 @@ def encode_modality(vlm, inputs, methods, modality):
 
 
 def generate(vlm, inputs, **how):
-    tokens = vlm.model.generate(**inputs, max_new_tokens=4, do_sample=False, **how)
+    tokens = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False, **how)
     return tokens[:, inputs["input_ids"].shape[1] :]
 
 
@@ -550,25 +552,31 @@ def test_layout_of_a_video(filmed):
     assert one.spread(one.features).shape[0] == one.span
 
 
-@on_families("vidcom2:keep=0.4", "framefusion:keep=0.4,similarity=0.2")
-@pytest.mark.parametrize("positions", ["original", "compact"])
-def test_videos_beside_images_in_a_padded_batch(filmed, spec, positions):
+@on_families("vidcom2:keep=0.4", "vidcom2:keep=0.4,positions=compact", "framefusion:keep=0.4,similarity=0.2")
+def test_videos_beside_images_in_a_padded_batch(filmed, spec):
     together = filmed.prompts(ROWS)
-    with vlmfast.patch(filmed.model, spec, positions=positions) as handle:
+    with vlmfast.patch(filmed.model, spec) as handle, torch.no_grad():
         logits = filmed.model(**together).logits[:, -1]
         report = handle.report()
-        greedy, beams = generate(filmed, together), generate(filmed, together, num_beams=2)
-        assert torch.equal(generate(filmed, together, cache_implementation="static"), greedy)
         for row in range(len(ROWS)):
-            alone = filmed.prompts(ROWS, only=row)
-            torch.testing.assert_close(filmed.model(**alone).logits[0, -1], logits[row], rtol=1e-3, atol=1e-3)
-            assert torch.equal(generate(filmed, alone)[0], greedy[row])
-            assert torch.equal(generate(filmed, alone, num_beams=2)[0], beams[row])
+            alone = filmed.model(**filmed.prompts(ROWS, only=row)).logits[0, -1]
+            torch.testing.assert_close(alone, logits[row], rtol=1e-3, atol=1e-3)
     for picture in report.images:
         n = sum(len(view) for view in picture.views)
         assert len(picture.indices) == (round(0.4 * n) if is_video(picture.views) else n)
     assert [is_video(picture.views) for picture in report.images] == [True, False, False, True]
     assert f"{spec.partition(':')[0]}: prunes videos; 2 still picture(s) kept whole" in report.notes
+
+
+@on_families("vidcom2:keep=0.4,positions=original", "framefusion:keep=0.4,similarity=0.2,positions=compact")
+def test_decoding_of_videos_beside_images_in_a_padded_batch(filmed, spec):
+    together = filmed.prompts(ROWS)
+    with vlmfast.patch(filmed.model, spec):
+        greedy, beams = generate(filmed, together), generate(filmed, together, num_beams=2)
+        assert torch.equal(generate(filmed, together, cache_implementation="static"), greedy)
+        alone = filmed.prompts(ROWS, only=1)
+        assert torch.equal(generate(filmed, alone)[0], greedy[1])
+        assert torch.equal(generate(filmed, alone, num_beams=2)[0], beams[1])
 
 
 @on_families("evs:keep=1.0", "random:keep=1.0", "framefusion:keep=1.0")

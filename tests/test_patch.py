@@ -15,6 +15,7 @@ import vlmfast
 from vlmfast.adapters import ADAPTERS, from_spec
 from vlmfast.cost import nominal_grid, prompt_cost, visual_tokens
 from vlmfast.encoding import encode_images, encoder_outputs
+from vlmfast.eval.matching import named
 from vlmfast.families import family_of
 
 METHOD = "hiprune:keep=0.4"
@@ -269,7 +270,7 @@ def test_offloaded_weights(fresh, vlm, first, tmp_path):
 
 def test_images_encoded_once_serve_every_method(vlm):
     inputs = vlm.prompts(ROWS)
-    methods = [from_spec("fastervlm:fallback=received" if name == "fastervlm" else name)[0] for name in ADAPTERS]
+    methods = [from_spec(spec)[0] for spec in named(["all"], vlm.name)]
     encode = {k: inputs.pop(k) for k in ("pixel_values", "image_grid_thw") if k in inputs}
     images = encode_images(vlm.model, methods, **encode)
     later = {k: v for k, v in encode.items() if k != "pixel_values"}

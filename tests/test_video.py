@@ -636,6 +636,29 @@ def test_videos_encoded_once(filmed):
                 filmed.model(**inputs, mm_encoder_outputs=encoder_outputs(videos, "video"))
 
 
+def test_before_and_inside_the_language_model():
+    """What frames are left of a video is what merges inside."""
+    (vlm,) = lend("qwen2_vl")
+    inputs = vlm.prompts([[3, "A", 2]])
+    (one,) = encode_videos(vlm, inputs)
+    with vlmfast.patch(vlm.model, "evs:keep=0.7+framefusion:keep=0.5,similarity=-0.9") as handle:
+        vlm.model(**inputs)
+        (picture,), held = handle.report().images, handle.report().per_layer
+    left = round(0.7 * len(one))
+    assert list(held) == [left, round(0.5 * left), round(0.5 * left)]
+    assert picture.merged and set(picture.indices.tolist()) <= set(EVS(keep=0.7).choose(one).kept.tolist())
+
+
+def test_newlines_stay_in_the_official_form_of_vidcom2():
+    (vlm,) = lend("llava_onevision")
+    inputs = vlm.prompts([[3, "A", 2]])
+    for parity, newlines in (("official", 1), ("repaired", 0)):
+        with vlmfast.patch(vlm.model, VidCom2(keep=0.5, parity=parity)) as handle:
+            vlm.model(**inputs)
+            (picture,) = handle.report().images
+        assert picture.kept == len(picture.indices) + newlines
+
+
 def per_frame(vlm, method, inputs):
     """A video, what the method keeps of it, frame by frame (indices inside the frame), and the even shares."""
     (one,) = encode_videos(vlm, inputs, [method])

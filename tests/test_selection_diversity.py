@@ -67,8 +67,12 @@ def farthest(x: torch.Tensor, k: int) -> list[int]:
     return chosen
 
 
+@pytest.mark.parametrize("whole", [0, 1024])
 @pytest.mark.parametrize("k", [1, 2, 9, 29])
-def test_divprune_is_greedy_max_min(k):
+def test_divprune_is_greedy_max_min(k, whole, monkeypatch):
+    """With all pairs in one block, and in several of which none is kept."""
+    monkeypatch.setattr("vlmfast.adapters.pruning.divprune.WHOLE", whole)
+    monkeypatch.setattr("vlmfast.adapters.pruning.divprune.ROWS", 7)
     x = random(30, 5) + 0.5
     assert max_min(x, k).tolist() == farthest(x, k)
     assert max_min(x, k, official=True).tolist() == farthest(x, k)
@@ -139,6 +143,7 @@ def test_cdpruner_with_equal_relevances_is_the_unconditional_process():
     text = torch.zeros(2, 9)  # as near to every token as to every other
     assert relevance(x, text).tolist() == [1] * 16
     assert not relevance(x, text, official=True).isfinite().all()
+    assert relevance(random(1, 9).expand(33, 9), random(4, 9, seed=1)).tolist() == [1] * 33, "rounding is no relevance"
     kept = CDPruner(keep=6).choose(picture(16, features=x, text=text)).kept
     kernel = (unit(x) @ unit(x).T).double()
     assert kept.tolist() == sorted(best_determinant(kernel, 6))

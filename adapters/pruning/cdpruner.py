@@ -42,6 +42,7 @@ from vlmfast.families import Tower
 from vlmfast.towers import Picture
 from vlmfast.visual import Cosines, View, VisualTokens, top, unit
 
+EQUAL = 1e-6  # cosines that differ by less are equal: rounding in fp32
 NOISE = 1e-6  # of a token's own L_jj: what rounding in fp32 leaves of it when the chosen ones explain it
 
 
@@ -49,12 +50,15 @@ def relevance(image: Tensor, text: Tensor, negate: bool = False, official: bool 
     """How well tokens suit the question, from about 0 (least) to 1 (most) over all of them.
 
     image: [..., C] embeddings of the tokens, text: [M, C] of the question's parts. -> [...], fp32
-    negate: the less similar, the more relevant, as with CLIP. Equal relevances are all 1, official: not finite.
+    negate: the less similar, the more relevant, as with CLIP. Relevances that are equal up to rounding are all 1;
+    official: stretched noise, or not finite.
     """
-    similarity = (unit(image) @ unit(text).T).mean(dim=-1)
+    image = image.float()
+    length = image.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    similarity = image @ unit(text).mean(dim=0) / length  # mean of cosines = product with the mean
     score = -similarity if negate else similarity
     low, high = score.min(), score.max()
-    if high == low and not official:
+    if high - low < EQUAL and not official:
         return torch.ones_like(score)
     return (score - low + 1e-6) / (high - low)
 

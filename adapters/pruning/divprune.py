@@ -11,9 +11,9 @@ Code:  https://github.com/vbdi/divprune (799e2d9; CC BY-NC: nothing of it is use
 Shapes: x [N, D] -> kept [budget]. All tokens of a picture compete, whatever view they belong to, as in the official
 code; it needs neither the vision tower's attention nor the question.
 
-The minimum over the chosen tokens is carried along: O(budget N D) and no N x N matrix, where the official code gathers
-and reduces all chosen rows anew for every token it takes. Only the first token needs all pairs, which are looked at in
-blocks.
+The minimum over the chosen tokens is carried along, O(budget N D), where the official code gathers and reduces all
+chosen rows of an N x N matrix anew for every token it takes. Only the first token needs all pairs: they are looked at
+in blocks, and kept where they are one block.
 
 Differs from the authors' code:
 - a chosen token cannot be chosen again (theirs can be, with duplicates: fewer tokens than asked; back with
@@ -39,6 +39,7 @@ from vlmfast.towers import Picture
 from vlmfast.visual import Cosines, VisualTokens, budget, unit
 
 ROWS = 512  # of the block in which all pairs are looked at
+WHOLE = 1024  # up to so many tokens all pairs are one block, which then serves for the other tokens, too
 
 
 def nearest_similarity(x: Tensor) -> Tensor:
@@ -60,8 +61,15 @@ def nearest_similarity(x: Tensor) -> Tensor:
 def max_min(features: Tensor, k: int, official: bool = False) -> Tensor:
     """Greedy max-min diversity. [N, D] -> indices in the order of choice [k]; official: may repeat an index."""
     x = unit(features)
-    distance = 1 - nearest_similarity(x)
-    order, cosines = [int(distance.argmax())], Cosines(x)
+    cosines = Cosines(x)
+    if len(x) <= WHOLE:
+        pairs = x @ x.T
+        cosines.rows.update(enumerate(pairs.unbind()))
+        nearest = pairs.clone().fill_diagonal_(-2).amax(0)
+    else:
+        nearest = nearest_similarity(x)
+    distance = 1 - nearest
+    order = [int(distance.argmax())]
     least = torch.full_like(distance, torch.inf)
     for _ in range(k - 1):
         last = order[-1]

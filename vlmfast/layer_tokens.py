@@ -83,7 +83,10 @@ class Cut:
 class LayerSelector(Protocol):
     """What door 2 needs of a method that drops visual tokens between decoder layers."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in its spec."""
+        ...
 
     @property
     def fixed(self) -> bool:

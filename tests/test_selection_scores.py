@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random as python_random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -182,6 +183,7 @@ def test_a_tower_without_cls_is_refused_or_replaced_in_the_open(cls):
         ({"layers": "20-22"}, CLIP, [20, 21, 22]),
         ({"layers": (5, 3)}, CLIP, [3, 5]),
         ({"layers": 22}, CLIP, [22]),
+        ({"preset": "repo"}, replace(CLIP, depth=12, feature_layer=10, full_layers=tuple(range(12))), [8, 9, 10]),
         ({"fallback": "received"}, SIGLIP, [24, 25, 26]),
         ({"fallback": "received"}, WINDOWS, [15, 23, 31]),
         ({"fallback": "received", "preset": "repo"}, WINDOWS, [23, 31]),

@@ -485,6 +485,18 @@ def test_pictures_encoded_before(qwen):
         assert torch.equal(qwen.model(**rest, mm_encoder_outputs=outputs).logits, expected)
 
 
+def test_gradients_reach_the_mergers(fresh):
+    """Training through pruned prompts, with experts and deepstack: every merger learns from images and videos."""
+    one = fresh("qwen3_vl_moe")
+    inputs = one.prompts(ROWS)
+    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] >= 80), -100)
+    one.model.train()
+    with vlmfast.patch(one.model, "hiprune:keep=0.4"):
+        one.model(**inputs, labels=labels, output_router_logits=True).loss.backward()
+    for merger in (one.model.model.visual.merger, *one.model.model.visual.deepstack_merger_list):
+        assert all(parameter.grad.abs().max() > 0 for parameter in merger.parameters())
+
+
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 

@@ -453,6 +453,26 @@ def test_visionzip_from_the_tower_itself(fresh):
     torch.testing.assert_close(seen[3:15], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_visionzip_trains_the_projector(fresh, name):
+    """Merged features are part of the graph: the projector's gradient is that of the loss, by finite differences."""
+    vlm = fresh(name)
+    inputs = vlm.prompts([[3, "a", 5]])
+    projector = vlm.model.model.visual.merger if name == "qwen2_5_vl" else vlm.model.model.multi_modal_projector
+    weight = [p for p in projector.parameters() if p.ndim == 2][-1]
+    needs = {"fallback": "received"} if name == "qwen2_5_vl" else {}
+    with vlmfast.patch(vlm.model, VisionZip(keep=6, contextual=6, **needs)):
+        vlm.model(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == 90, -100)).loss.backward()
+        step = weight.grad / weight.grad.norm()
+        losses = []
+        with torch.no_grad():
+            for sign in (1, -2):
+                weight += sign * 1e-2 * step
+                labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 90, -100)
+                losses.append(float(vlm.model(**inputs, labels=labels).loss))
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(float(weight.grad.norm()), rel=0.1)
+
+
 def encoded_tokens(model, inputs) -> torch.Tensor:
     """What enters the decoder for the first row. [L, D]"""
     seen: dict[str, Any] = {}

@@ -133,7 +133,9 @@ class CDPruner(Pruner):
         """Features [N, D] and question [T, D] -> kept [budget]; official: up to budget."""
         if visual.text is None or not len(visual.text):
             raise ValueError("cdpruner needs a question: the prompt has no text")
-        relevant = relevance(visual.features, visual.text, self.negate, self.parity == "official")
+        relevant = relevance(
+            visual.features, visual.text.to(visual.features.device), self.negate, self.parity == "official"
+        )
 
         def choose(view: View, k: int) -> Tensor:
             index = view.index.to(relevant.device)

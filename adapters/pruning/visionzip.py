@@ -15,7 +15,8 @@ c is a share of the budget, or a number per picture: 10 of 64, 20 of 128 and 30 
 
 What is averaged: where the projector works token by token on one layer, the tower's outputs, projected afterwards as
 in the official code; elsewhere (merged patches, several layers) the visual tokens as they come out of the projector.
-Contextual tokens carry no gradient.
+In training, gradients reach the projector through all kept tokens, the tower through those that keep their features
+or are averaged after the projector.
 
 Differs from the authors' code (`parity="official"` has the first three back, where such a projector and CLS exist):
 - a true mean; theirs adds the mean of the members to the target, a token about twice as long as the others;
@@ -174,7 +175,8 @@ class VisionZip(ClsPruner):
         parts = [
             (view.index.to(visual.features.device), k, c) for view, k, c in zip(visual.views, shares, contextual) if k
         ]
-        return self._official(visual, parts) if self.parity == "official" else self._repaired(visual, parts)
+        with torch.set_grad_enabled(visual.features.requires_grad):  # a choice is made without, its features are not
+            return self._official(visual, parts) if self.parity == "official" else self._repaired(visual, parts)
 
     def _contextual(self, k: int) -> int:
         """Contextual tokens of a picture that keeps k."""

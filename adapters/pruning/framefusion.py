@@ -113,7 +113,7 @@ class FrameFusion(LayerPruner):
         return super().unsupported(family)
 
     def layers(self, depth: int) -> tuple[int, ...]:
-        """From `first` on: when merging and pruning are over is known by then."""
+        """From `first` on: when merging is over, only the tokens can tell."""
         return tuple(range(self.first or 1, depth))
 
     def left(self, layer: int, total: int, depth: int) -> int | None:
@@ -131,16 +131,16 @@ class FrameFusion(LayerPruner):
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Merge, or prune once merging is over."""
-        n, memory = len(tokens), tokens.memory
+        n, memory, device = len(tokens), tokens.memory, tokens.hidden.device
         if not is_video(tokens.visual.views):
-            return Cut(torch.arange(n, device=tokens.hidden.device), final=True)
+            return Cut(torch.arange(n, device=device), final=True)
         k = self._target(tokens)
-        attention = tokens.scores["attention"]
+        attention = tokens.scores["attention"].to(device)
         if n <= k:
-            return Cut(torch.arange(n, device=attention.device), final=True)
+            return Cut(torch.arange(n, device=device), final=True)
         if memory.get("merged"):
             return Cut(top(attention, k).sort().values, final=True)
-        order, place = by_place(tokens.visual, tokens.index)
+        order, place = by_place(tokens.visual, tokens.index.to(device))
         cosine = repetition(tokens.hidden, order, place)
         joins = cosine >= self.similarity
         if int(joins.sum()) >= n - k:

@@ -223,7 +223,7 @@ class Door:
             rows, places = live.nonzero(as_tuple=True)
             place[rows, index[rows, places]] = places
         numbers: dict[int, int] = {}
-        for one in sorted((one for some in selected.values() for one in some), key=lambda one: int(one.columns[0])):
+        for one in sorted((o for some in selected.values() for o in some), key=lambda o: (o.row, int(o.columns[0]))):
             columns = one.columns[one.stays().to(one.columns.device)]
             token = one.tokens().to(columns.device)
             if place is not None:
@@ -377,9 +377,7 @@ class Door:
             return report
         depth = self.config.get_text_config().num_hidden_layers
         prompts = tuple(
-            PromptReport(
-                row.text, tuple(row.pictures), row.layers or (sum(one.kept for one in row.pictures),) * depth
-            )
+            PromptReport(row.text, tuple(row.pictures), row.layers or (sum(one.kept for one in row.pictures),) * depth)
             for row in self.last
         )
         notes = getattr(self.selector, "notes", lambda tower: ())(self.tower)

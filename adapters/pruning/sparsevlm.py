@@ -36,8 +36,10 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.layered import LayerPruner, numbers, scaled
+from vlmfast.decoders import Sizes
 from vlmfast.families import Family, Positions
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.towers import Picture
 from vlmfast.visual import budget, top
 
 STAGES, DEPTH, TOKENS = (3, 7, 16), 32, 576  # cuts lie behind layers 2, 6, 15
@@ -86,7 +88,7 @@ def rating(visual: Tensor, text: Tensor) -> Tensor:
 def density_peaks(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Clusters. states: [m, D] -> (centres [count], cluster of each state [m])"""
     states = states.float()
-    distance = torch.cdist(states, states) / states.shape[1] ** 0.5
+    distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist") / states.shape[1] ** 0.5
     density = distance.sort(dim=-1).values[:, :count].square().mean(-1).neg().exp()
     order = top(density, len(density))
     rank = torch.empty_like(order)
@@ -161,6 +163,10 @@ class SparseVLM(LayerPruner):
     def raters(self, visual: Tensor, question: Tensor) -> Tensor:
         """Text tokens above the mean."""
         return rating(visual, question)
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """The statistics, and visual tokens times text for the raters; distances of recycled tokens are left out."""
+        return super().selection_flops(picture, text, model) + 2 * picture.tokens * text * model.decoder.width
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Scores [n] and hidden states -> kept tokens, and means where others were."""

@@ -1,12 +1,13 @@
 """`flops=`: solved on whole tokens, and true of the prompt that then runs."""
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, shared
+from conftest import TINY, build, shared
 from test_cost import llava, qwen2_5_vl
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +39,7 @@ PAIRS = [(name, family) for name in ADAPTERS for family in CORE if support(name,
 def picture_of(vlm: Any, letter: str) -> Picture:
     """The sizes of a tiny picture, as the unpatched prompt holds it."""
     with vlmfast.patch(vlm.model, "random:keep=1.0") as handle, torch.no_grad():
-        vlm.model(**vlm.prompts([[NOMINAL_TEXT, letter]]))
+        vlm.model(**vlm.prompts([[letter, NOMINAL_TEXT]]))
         return handle.report().images[0].size
 
 
@@ -66,7 +67,7 @@ def test_every_method_reaches_its_share_or_warns(name, family, part, usual):
         warnings.simplefilter("always")
         handle = vlmfast.patch(vlm.model, spec, flops=share)
     with handle, torch.no_grad():
-        vlm.model(**vlm.prompts([[NOMINAL_TEXT, letter]]))
+        vlm.model(**vlm.prompts([[letter, NOMINAL_TEXT]]))
         reached = handle.report().share
     if not any("flops=" in str(warning.message) for warning in seen):
         assert reached == pytest.approx(share, rel=TOLERANCE)
@@ -78,32 +79,60 @@ def test_what_methods_tell_is_what_they_do(name, family, usual):
     vlm, letter = shared(family), shown(name)
     picture = usual(vlm, letter)
     with vlmfast.patch(vlm.model, spec_of(name, family)) as handle, torch.no_grad():
-        vlm.model(**vlm.prompts([[NOMINAL_TEXT, letter]]))
+        vlm.model(**vlm.prompts([[letter, NOMINAL_TEXT]]))
         report = handle.report()
         layers, _ = solving.apply(vlm.model.config, handle.adapters, picture, NOMINAL_TEXT)
         assert list(report.per_layer) == layers
         assert report.share == pytest.approx(share_of(vlm.model.config, handle.adapters, picture), rel=1e-9)
 
 
-@pytest.mark.parametrize("spec", ["random", "hiprune"])
+# Whose own products depend on the content: rows of cosines fetched in advance, text that rates, frames that merge. On
+# models as tiny as these, with more text than visual tokens, they weigh far more than elsewhere.
+ABOUT = {"cdpruner", "divprune", "framefusion", "sparsevlm"}
+
+
+@functools.cache
+def eager(family: str) -> Any:
+    """A tiny model whose attention torch's counter sees."""
+    vlm = build(family)
+    vlm.model.set_attn_implementation("eager")
+    return vlm
+
+
+def counted(vlm: Any, letter: str) -> int:
+    """FLOPs of a prompt until its first token, by torch's counter."""
+    inputs = vlm.prompts([[letter, NOMINAL_TEXT]])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        vlm.model(**inputs, logits_to_keep=1)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
+def test_torchs_counter_sees_the_share(name, family):
+    """What really multiplies, patched over unpatched, is what the report says: tower, selection, cuts, everything."""
+    vlm, letter = eager(family), shown(name)
+    plain = counted(vlm, letter)
+    with vlmfast.patch(vlm.model, spec_of(name, family)) as handle:
+        share = counted(vlm, letter) / plain
+        assert share < 1.03
+        assert handle.report().share == pytest.approx(share, rel=0.025 if name in ABOUT else 1e-9)
+
+
+@pytest.mark.parametrize("spec", ["random+fastv:layer=1", "hiprune+fastv:layer=1"])
 @pytest.mark.parametrize("family", CORE)
-def test_torchs_counter_sees_the_share(spec, family, usual):
-    """What really multiplies, counted by torch on an eager model: patched over unpatched."""
-    tiny = TINY[family].build().eval()
-    tiny.set_attn_implementation("eager")
-    vlm = dataclasses.replace(shared(family), model=tiny)
-    usual(vlm, "a")
-
-    def count() -> int:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            tiny(**vlm.prompts([[NOMINAL_TEXT, "a"]]), logits_to_keep=1)
-        return counter.get_total_flops()
-
-    plain = count()
-    with vlmfast.patch(tiny, spec, flops=0.98) as handle:
-        patched = count()
-        assert patched / plain == pytest.approx(handle.report().share, rel=1e-9)
-    assert patched / plain == pytest.approx(0.98, rel=TOLERANCE)
+def test_composed_methods_are_solved_together(spec, family, usual):
+    vlm = eager(family)
+    picture = usual(vlm, "a")
+    least = share_of(vlm.model.config, with_keep(from_spec(spec), 1 / picture.tokens), picture)
+    goal = (least + 1) / 2
+    plain = counted(vlm, "a")
+    with vlmfast.patch(vlm.model, spec, flops=goal) as handle:
+        share = counted(vlm, "a") / plain
+        report = handle.report()
+    assert share == pytest.approx(report.share, rel=1e-9)
+    assert share == pytest.approx(goal, rel=TOLERANCE)
+    before, after = report.per_layer[0], report.per_layer[-1]
+    assert picture.tokens > before > after
 
 
 CONFIGS = {"llava": llava(), "qwen2_5_vl": qwen2_5_vl()}
@@ -115,8 +144,8 @@ def test_solved_on_whole_tokens(family, method):
     config, methods = CONFIGS[family], from_spec(method)
     picture = Picture(patches=(1, 16, 16), tokens=64, span=64) if family == "qwen2_5_vl" else nominal(config)
     n = picture.tokens
-    at = {k: share_of(config, with_keep(methods, k / n), picture) for k in range(1, n + 1)}
-    for k in range(1, n):
+    at = {k: share_of(config, with_keep(methods, k / n), picture) for k in range(1, n, 5)}
+    for k in at:
         if at[k] <= 1:  # on so tiny a model statistics can cost more than a few tokens save
             assert solve_keep(config, methods, at[k], picture=picture) == k / n
     assert solve_keep(config, methods, 1.0, picture=picture) == 1.0

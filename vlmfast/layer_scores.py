@@ -40,7 +40,7 @@ def measure(
     K - start are the new tokens'; mask: None (causal), [1, K] bool of real keys, or [1, 1, Q, K] bool or additive.
     """
     columns = torch.arange(key.shape[2], device=key.device)
-    heads = query(rows[:1]).shape[1]
+    heads = query(rows[:0]).shape[1]  # none projected
     limit = ENTRIES_CPU if key.device.type == "cpu" else ENTRIES
     parts: list[Tensor] = []
     total = torch.zeros((), device=key.device)

@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.pruning.layered import LayerPruner
+from vlmfast.decoders import Sizes
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.towers import Picture
 from vlmfast.visual import budget, top, unit
 
 
@@ -79,6 +81,11 @@ class Dart(LayerPruner):
     def asks(self, layer: int) -> Mapping[str, LayerScore]:
         """L1 norms of the keys of the layer before."""
         return {"keys": LayerScore(kind="key_norm")}
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """Cosines of the pivots with every token."""
+        pivots = min(self.pivots_image, self.left(self.layer, picture.tokens, len(model.decoder.layers)) or 0)
+        return 2 * (pivots + min(self.pivots_text, text)) * picture.tokens * model.decoder.width
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Norms [n], [T] and hidden states -> kept."""

@@ -99,7 +99,7 @@ class LayerPruner(Adapter):
         return total
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
-        """The statistics of every cut; all text counts as question and as raters, of which there may be fewer.
+        """The statistics of every cut; all text counts as question, half of it as raters.
 
         Of the layer to come, queries and keys are projected apart; of the layer before, they are there.
         """
@@ -113,7 +113,8 @@ class LayerPruner(Adapter):
                 continue
             keys = text + held[cut - 1]
             for score in self.asks(cut).values():
-                rows = {"last": 1, "all": keys}.get(score.queries, text) if score.kind == "attention" else 0
+                rows = {"last": 1, "question": text, "chosen": text // 2, "all": keys}[score.queries]
+                rows = rows if score.kind == "attention" else 0
                 layer = layers[cut if score.own else cut - 1]
                 total += layer.statistic(rows, keys, apart=score.own)
         return total

@@ -19,6 +19,7 @@ import vlmfast
 from vlmfast.encoding import IMAGES, PictureEncoder, encode_images, encoder_outputs
 from vlmfast.families import family_of
 from vlmfast.patching import Patch
+from vlmfast.rewriting import following
 from vlmfast.visual import Score
 
 METHODS = ["random:keep=0.5", "fastervlm:fallback=received,keep=0.4", "hiprune:keep=0.4", "grid:keep=0.3"]
@@ -253,8 +254,10 @@ def test_statistics_equal_the_attention_maps(qwen, modality, monkeypatch):
         token_of = get_vision_window_index(grids, 2, 16, 4)[0].tolist()
     patch = Patch(qwen.model)
     try:
-        encoder = PictureEncoder(patch, modality, scores)
-        pictures = getattr(encoder(**given, return_dict=True), IMAGES)
+        for name, source in patch.family.sources.items():  # both at once, as a patched model has them
+            patch.set(patch.base, source.encode, PictureEncoder(patch, name, scores))
+        encode = getattr(patch.base, f"get_{modality}_features")
+        pictures = getattr(encode(**given, return_dict=True), IMAGES)
     finally:
         patch.close()
     for score in scores:
@@ -315,6 +318,16 @@ def test_positions_and_logits_of_a_batch(qwen, method, policy):
         assert seen[0]["position_ids"][-3:, i, -length:].T.tolist() == row.axes
         expected, _ = by_hand(qwen, row, 0)
         torch.testing.assert_close(logits[i, -length:], expected, **CLOSE)
+
+
+def test_the_position_that_follows():
+    """After text, after a video whose time lies ahead, after padding on the right, after nothing at all."""
+    time = [[0, 1, 2, 3], [0, 1, 6, 11], [0, 1, 0, 0], [0, 0, 0, 0]]
+    side = [[0, 1, 2, 3], [0, 1, 1, 3], [0, 1, 0, 0], [0, 0, 0, 0]]
+    real = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    axes = torch.tensor([time, side, side])
+    assert following(axes, real).tolist() == [4, 4, 2, 0]
+    assert following(axes[1], real).tolist() == [4, 4, 2, 0]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -244,7 +244,12 @@ class TestEval:
         assert keeps == [0.5, 64] and [type(keep) for keep in keeps] == [float, int]
         assert tasks == ["word", "count"] and out == tmp_path
         expected = {"limit": 7, "seed": 3, "batch": 5, "workers": 1, "device": "cpu", "dtype": "float32"}
-        assert settings == expected
+        assert settings == expected | {"flops": []}
+
+    def test_equal_flops(self, asked):
+        assert call("eval", "--method", "all", "--flops", "0.6,0.5").exit_code == 0
+        assert asked[0][1]["flops"] == [0.6, 0.5]
+        refused(call("eval", "--keep", "0.5", "--flops", "0.6"), "--keep", "--flops", "not both")
 
     def test_interrupted(self, monkeypatch):
         def interrupt(*args, **kwargs):

@@ -255,6 +255,8 @@ def evaluate(
     """
     keeps = parse_keeps(keep)
     shares = parse_shares(flops) if flops is not None else []
+    if shares and keep != KEEPS:
+        raise ValueError("give --keep or --flops, not both: with --flops keep is solved")
     from vlmfast.eval import report
     from vlmfast.eval.runner import evaluate as score
 

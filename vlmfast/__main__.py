@@ -251,7 +251,7 @@ def evaluate(
     """Score methods: accuracy, FLOPs, latency.
 
     Writes one JSON a run, and ends with a table, a Pareto picture (PNG) and one HTML page. Without options it is the
-    main job: both testbed models, every method. Finished runs are kept, interrupted ones go on.
+    main job: both testbed models, two controls and two methods. Finished runs are kept, interrupted ones go on.
     """
     keeps = parse_keeps(keep)
     shares = parse_shares(flops) if flops is not None else []

@@ -86,7 +86,9 @@ def expand_flops(
                         raise ValueError(f"{spec}: {error}") from None
                     notes.append(f"no run of {spec}: {error}")
                     continue
-            whole = 1.0 if keep == 1 else max(1, round(keep * picture.tokens))
+            # A number says more than a share, but methods in a row each take their share of what the last one left.
+            alone = sum("keep" in adapter.settings() for adapter in adapters) == 1
+            whole = max(1, round(keep * picture.tokens)) if alone and keep < 1 else keep
             runs.append(to_spec(with_keep(adapters, whole)))
     return tuple(dict.fromkeys(runs)), notes
 

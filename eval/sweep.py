@@ -124,7 +124,7 @@ class Sweep:
         found = {}
         for start in range(0, len(self.scenes), ENCODE):
             scenes = self.scenes[start : start + ENCODE]
-            inputs = self.prompts.pictures([image(first[scene]) for scene in scenes])
+            inputs: dict[str, Any] = self.prompts.pictures([image(first[scene]) for scene in scenes])
             try:
                 visual = encode_images(self.model, methods, **inputs)
             except Exception as error:

@@ -104,9 +104,20 @@ def share_of(config: Any, adapters: Sequence[Adapter], picture: Picture, text: i
 class Prompt(Protocol):
     """What the cost of a prompt depends on (`vlmfast.patching.PromptReport`)."""
 
-    text: int
-    pictures: Sequence[Any]
-    per_layer: Sequence[int]
+    @property
+    def text(self) -> int:
+        """Its text tokens."""
+        ...
+
+    @property
+    def pictures(self) -> Sequence[Any]:
+        """Its pictures, with their sizes as `size`."""
+        ...
+
+    @property
+    def per_layer(self) -> Sequence[int]:
+        """Visual tokens in every decoder layer."""
+        ...
 
 
 def prompts_share(config: Any, adapters: Sequence[Adapter], prompts: Sequence[Prompt]) -> float:

@@ -102,8 +102,10 @@ class DivPrune(Pruner):
         return ("divprune: the official form may choose a duplicate twice and then keeps fewer tokens than asked",)
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
-        """All pairs once, in blocks, and a row of cosines for every token taken (rows fetched in advance apart)."""
+        """All pairs once, whole or in blocks, and then a row for every token taken (rows fetched in advance apart)."""
         n = picture.tokens
+        if n <= WHOLE:
+            return 2 * model.decoder.width * n * n
         pairs = sum(min(ROWS, n - start) * (n - start) for start in range(0, n, ROWS))
         return 2 * model.decoder.width * (pairs + (self.kept_of(picture) - 1) * n)
 

@@ -148,7 +148,7 @@ def _print(outcomes: Sequence[Outcome], console: Console) -> None:
     console.print(answers)
     costs = Table(box=box.SIMPLE_HEAD, show_edge=False)
     costs.add_column("")
-    for head in ("visual\ntokens", "prefill\nFLOPs %", "TTFT\nms", "prefill\nms", "decode\nms/token"):
+    for head in ("visual\ntokens", "mean\na layer", "prefill\nFLOPs %", "TTFT\nms", "prefill\nms", "decode\nms/token"):
         costs.add_column(head, justify="right")
     before = sum(image.n for image in outcomes[-1].report.images)
     for outcome in outcomes:
@@ -158,6 +158,7 @@ def _print(outcomes: Sequence[Outcome], console: Console) -> None:
         costs.add_row(
             Text(_name(outcome.spec)),
             str(kept),
+            f"{kept if unpatched else sum(outcome.report.per_layer) / len(outcome.report.per_layer):.1f}",
             text.percent(1.0 if unpatched else outcome.report.share),
             text.number(outcome.latency.ttft_ms.median),
             text.number(outcome.latency.prefill_ms.median),

@@ -131,11 +131,17 @@ class TestRun:
         for name, tokens in (("unpatched", 144), ("hiprune:keep=0.33", 48), ("grid:keep=16", 16)):
             mine = [line for line in lines if line.strip().startswith(name)]
             assert len(mine) == 2, "an answer and its cost"
-            assert mine[1].split()[1] == str(tokens)
+            assert mine[1].split()[1:3] == [str(tokens), f"{tokens}.0"], "left, and the mean of all decoder layers"
         assert "X2" in result.stdout, "cost never without its convention"
         assert str(tmp_path / "kept.png") in result.stdout
         with Image.open(tmp_path / "kept.png") as sheet:
             assert sheet.format == "PNG" and sheet.width > 2 * 480
+
+    def test_a_method_inside_the_language_model(self, ask):
+        """What is left after the last cut, and the mean over the six layers: two of 144, four of 16."""
+        result = ask("--method", "fastv:keep=16")
+        row = [line for line in result.stdout.splitlines() if line.strip().startswith("fastv")][1]
+        assert row.split()[1:3] == ["16", f"{(2 * 144 + 4 * 16) / 6:.1f}"]
 
     @pytest.mark.parametrize(
         "method, words",

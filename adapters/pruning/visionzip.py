@@ -16,7 +16,7 @@ c is a share of the budget, or a number per picture: 10 of 64, 20 of 128 and 30 
 What is averaged: where the projector works token by token on one layer, the tower's outputs, projected afterwards as
 in the official code; elsewhere (merged patches, several layers) the visual tokens as they come out of the projector.
 In training, gradients reach the projector through all kept tokens, the tower through those that keep their features
-or are averaged after the projector.
+or are averaged after the projector. What a family adds in later decoder layers (deepstack) stays the target's own.
 
 Differs from the authors' code (`parity="official"` has the first three back, where such a projector and CLS exist):
 - a true mean; theirs adds the mean of the members to the target, a token about twice as long as the others;

@@ -96,6 +96,7 @@ def eager(family: str) -> Any:
     """A tiny model whose attention torch's counter sees."""
     vlm = build(family)
     vlm.model.set_attn_implementation("eager")
+    vlm.model.set_experts_implementation("eager")
     return vlm
 
 
@@ -116,6 +117,17 @@ def test_torchs_counter_sees_the_share(name, family):
         share = counted(vlm, letter) / plain
         assert share < 1.03
         assert handle.report().share == pytest.approx(share, rel=0.025 if name in ABOUT else 1e-9)
+
+
+@pytest.mark.parametrize("family", [family for family in TINY if family not in CORE])
+def test_torchs_counter_sees_the_share_on_every_family(family):
+    """Tower, projector, decoder of every kind, a statistic and a cut inside."""
+    vlm = eager(family)
+    plain = counted(vlm, "a")
+    for spec in ("random", "fastv"):
+        with vlmfast.patch(vlm.model, spec) as handle:
+            share = counted(vlm, "a") / plain
+            assert handle.report().share == pytest.approx(share, rel=1e-9)
 
 
 @pytest.mark.parametrize("spec", ["random+fastv:layer=1", "hiprune+fastv:layer=1"])

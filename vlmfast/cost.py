@@ -14,6 +14,10 @@ F3m  the same with 3 n d m (PyramidDrop, arXiv:2410.17247; SparseVLM, arXiv:2410
 d width, m feed-forward width, n tokens of a layer. F2m and F3m exist for the language model's prefill only, as in the
 papers; they leave out tower, projector, head and the selection itself, which X2 includes.
 
+Decoders are counted layer by layer (vlmfast.decoders), and what methods multiply themselves, similarities between
+tokens included, as they tell it (`Adapter.selection_flops`): where that depends on the picture's content it is an
+estimate, and all of it below a thousandth of the total at 7 B but for PyramidDrop, which projects keys twice.
+
 The towers are counted as transformers runs them: its CLIP tower computes **all** layers even where the features are
 taken from an earlier one (`vision_feature_layer=-2`), and Qwen2.5-VL's window layers attend within the real windows of
 the image's grid, the smaller ones at its border included.

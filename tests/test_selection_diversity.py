@@ -22,7 +22,7 @@ from vlmfast.adapters.pruning.visionzip import merge, take_apart
 from vlmfast.adapters.pruning.vispruner import diverse, important_and_diverse
 from vlmfast.encoding import encode_images
 from vlmfast.families import FAMILIES
-from vlmfast.visual import Cosines, View, VisualTokens, unit
+from vlmfast.visual import Cosines, View, VisualTokens, apportion, unit
 
 NAMES = ("cdpruner", "divprune", "visionzip", "vispruner")
 
@@ -493,6 +493,25 @@ def test_cls_methods_refuse_a_tower_without_cls_unless_told(any_vlm):
         assert support(name, vlm.name).needs == {"fallback": "received"}
         with pytest.raises(NotImplementedError, match=f"{name}:fallback=received"):
             vlmfast.patch(vlm.model, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_videos_are_pruned_frame_by_frame(any_vlm, name):
+    """An image and a video of one prompt, each with its budget; frames share that of the video, but for DivPrune."""
+    vlm = any_vlm
+    if vlm.tiny.video is None:
+        assert "video" not in FAMILIES[vlm.name].sources
+        return
+    needs = support(name, vlm.name).needs
+    spec = f"{name}:keep=0.3" + "".join(f",{key}={value}" for key, value in needs.items())
+    with vlmfast.patch(vlm.model, spec) as handle, torch.no_grad():
+        assert vlm.model(**vlm.prompts([[3, "a", 2, "A", 5]])).logits.isfinite().all()
+        report = handle.report()
+    for one in report.images:
+        sizes = [len(view) for view in one.views]
+        assert len(one.indices) == one.kept == round(0.3 * sum(sizes))
+        counts = [int(torch.isin(one.indices, view.index).sum()) for view in one.views]
+        assert name == "divprune" or counts == apportion(one.kept, sizes)
 
 
 def test_cosine_oracle():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import pickle
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from conftest import build, lend, shared
 from test_promises import pictures, snapshot
 from tiny import Tiny, make
 from torch import Tensor
+from transformers import CompileConfig
 
 import vlmfast
 import vlmfast.adapters
@@ -275,11 +277,12 @@ class Reference:
 # --- against the reference ------------------------------------------------------------------------------------------
 
 STAGES = {"one": {2: 0.5}, "two": {1: 0.6, 2: 0.3}}
-CASES = [(name, "one") for name in FAMILIES] + [(name, "two") for name in ("llava", "qwen2_5_vl", "gemma3")]
+CASES = [(name, "one", "original") for name in FAMILIES]
+CASES += [(name, "one", "compact") for name in ("llava", "qwen3_vl", "llava_next", "paligemma")]
+CASES += [(name, "two", how) for name in ("llava", "qwen2_5_vl", "gemma3") for how in ("original", "compact")]
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("name, stages", CASES)
+@pytest.mark.parametrize("name, stages, positions", CASES)
 def test_prefill_and_greedy_decoding_equal_a_layer_loop_by_hand(name, stages, positions):
     family = shared(name)
     inputs = family.prompts([[3, "a", 2, "b", 4]])
@@ -383,6 +386,21 @@ def test_eager_attention(fresh):
     with vlmfast.patch(one.model, staged(STAGES["two"])):
         torch.testing.assert_close(one.model(**inputs).logits[:, -1], expected[:, -1], rtol=1e-4, atol=1e-4)
     rows_equal_themselves_alone(one, staged(STAGES["two"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_decoding_compiles_into_one_graph(vlm, method):
+    inputs = vlm.prompts([[3, "a", 2]])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    how = CompileConfig(backend="aot_eager", fullgraph=True)
+    how._compile_all_devices = True
+    with vlmfast.patch(vlm.model, method):
+        expected = continued(vlm.model, inputs)
+        assert torch.equal(continued(vlm.model, inputs, cache_implementation="static", compile_config=how), expected)
+    vlm.model.__dict__.pop("_compiled_call", None)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_the_cache_is_shorter_behind_each_cut(vlm):
@@ -521,6 +539,16 @@ def test_keeping_everything_is_the_identity_bit_for_bit(family):
         assert handle.report().share == 1
     assert snapshot(family.model) == before
     assert torch.equal(family.model(**inputs).logits, logits)
+
+
+def test_the_hooks_of_a_decoder_can_be_pickled():
+    decoder = shared("qwen2_5_vl").model.model.get_decoder()
+    with vlmfast.patch(shared("qwen2_5_vl").model, FastV(keep=0.3)):
+        twin = pickle.loads(pickle.dumps(decoder))
+        for module, other in zip(decoder.modules(), twin.modules(), strict=True):
+            assert len(module._forward_pre_hooks) == len(other._forward_pre_hooks)
+        door = next(iter(twin._forward_pre_hooks.values())).__self__
+        assert door.cuts == (2,) and door.selector == FastV(keep=0.3)
 
 
 def test_text_alone_is_left_alone(vlm):
@@ -922,3 +950,18 @@ def test_gradients_reach_merged_tokens():
     torch.testing.assert_close(out[0, 4], hidden[0, 4])
     out[0, 2].sum().backward()
     assert hidden.grad[0].sum(-1).tolist() == [0, 1.5, 1.5, 0, 0, 0]
+
+
+def test_a_prompt_that_ends_with_a_picture(vlm, monkeypatch):
+    """The last token may be gone at the second cut: the last one left then stands for it."""
+    seen, cut = [], PyramidDrop.cut
+
+    def spy(self, tokens):
+        seen.append(tokens.scores["attention"])
+        return cut(self, tokens)
+
+    monkeypatch.setattr(PyramidDrop, "cut", spy)
+    with vlmfast.patch(vlm.model, "pyramiddrop"), torch.no_grad():
+        for letter in "abc":
+            vlm.model(**vlm.prompts([[9, letter]]))
+    assert len(seen) == 6 and all(bool(scores.isfinite().all()) for scores in seen)

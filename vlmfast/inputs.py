@@ -25,6 +25,7 @@ from transformers import Cache
 from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.encoding import IMAGES, PictureEncoder, Selector, renamed
 from vlmfast.families import Family, Positions
+from vlmfast.layer_cache import layer_state
 from vlmfast.layer_tokens import PROMPT, Placed, Prompt
 from vlmfast.patching import HANDLE, ImageReport, Patch, PromptReport, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
@@ -86,6 +87,8 @@ class Door:
         self.check_pictures(kwargs)
         pictures = self._pictures(kwargs)
         if not pictures and state_of(cache) is None:
+            if self.tells:
+                layer_state(cache)  # one from before a reset goes
             return (), self._telling(kwargs, Prompt(kwargs.get("attention_mask")))
         if kwargs.get("input_ids") is None:
             raise NotImplementedError("a patched model needs input_ids; inputs_embeds hide where the images are")
@@ -416,6 +419,7 @@ class PrepareInputs:
         if kwargs.get("inputs_embeds") is not None or (not pictures and state is None):
             inputs = self.original(input_ids, next_sequence_length=next_sequence_length, **kwargs)
             if first and self.door.tells:
+                layer_state(cache)  # one from before a reset goes
                 inputs[PROMPT] = Prompt(kwargs.get("attention_mask"))
             return {**inputs, DONE: True}
         if next_sequence_length is not None:

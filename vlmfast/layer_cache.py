@@ -55,10 +55,16 @@ class LayerState:
         return torch.nn.functional.pad(known, (0, count - known.shape[1]), value=True)
 
 
-def layer_state(cache: Any) -> LayerState | None:
-    """The state a cache carries; one left over from before a reset is removed."""
+def layer_state(cache: Any, decoding: bool = False) -> LayerState | None:
+    """The state a cache carries; one left over from before a reset is removed.
+
+    decoding: one token follows the others, so that a static cache, whose length is on the device, need not be read.
+    """
     state = getattr(cache, LAYERS, None)
-    if state is not None and int(cache.get_seq_length()) == 0:
+    if state is None:
+        return None
+    held = cache.get_seq_length()
+    if not (decoding and isinstance(held, Tensor)) and int(held) == 0:
         delattr(cache, LAYERS)
         return None
     return state

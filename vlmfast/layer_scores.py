@@ -98,7 +98,7 @@ class LayerTaps:
         for row, asked in self.asked.items():
             mine = None if mask is None else mask[row : row + 1] if mask.shape[0] > 1 else mask
             take, keys = _Rows(query[row : row + 1]), key[row : row + 1, :, :end]
-            cos, sin = (one[row : row + 1] if len(one) > 1 else one for one in (self.cos, self.sin))
+            cos, sin = ((one[row : row + 1] if len(one) > 1 else one).to(key.device) for one in (self.cos, self.sin))
             self.results[row] = {
                 name: measure(score, take, asked.rows[name].to(key.device), keys, self.start, mine, scaling)
                 if score.kind == "attention"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmfast.attention import KEYWORD, tap
+from vlmfast.attention import KEYWORD, Taps, tap
 from vlmfast.families import Positions
 from vlmfast.inputs import Door
 from vlmfast.layer_cache import LAYERS, LayerState, Stage, later_mask, layer_state, prompt_mask, sizes, window_of
@@ -34,6 +34,7 @@ from vlmfast.visual import Choice, Score, VisualTokens
 
 PASS = "vlmfast_pass"  # keyword of the decoder layers: what happens to the tokens of this forward
 IMPLEMENTATIONS = ("sdpa", "eager", "flash")
+NOBODY = Taps({}, closed=True)  # observes nothing
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class LayersDoor:
         patch.hook(decoder, self.before_decoder, before=True)
         patch.hook(decoder, self.after_decoder)
         for number in range(self.cuts[0] - 1, self.depth):
-            patch.hook(decoder.layers[number], Enter(number), before=True)
+            patch.hook(decoder.layers[number], Enter(number, number in scored), before=True)
 
     def _check(self, decoder: Any) -> list[int]:
         """Refuse decoders and layers that this cannot work on. -> layers without attention"""
@@ -136,7 +137,7 @@ class LayersDoor:
         prompt: Prompt | None = kwargs.get(PROMPT)
         kwargs = {name: value for name, value in kwargs.items() if name != PROMPT}
         cache = kwargs.get("past_key_values")
-        state = None if cache is None else layer_state(cache)
+        state = None if cache is None else layer_state(cache, decoding=kwargs["inputs_embeds"].shape[1] == 1)
         one: Prefill | Later | None = None
         if prompt is not None and prompt.pictures:
             prefill = Prefill(self, decoder, prompt, kwargs)
@@ -173,15 +174,18 @@ class LayersDoor:
 
 @dataclass(frozen=True)
 class Enter:
-    """Pre-hook of a decoder layer."""
+    """Pre-hook of a decoder layer. tapped: its attention looks for an observer, also when there is none."""
 
     number: int
+    tapped: bool
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand the layer what it works on. Hidden states stay positional: checkpoints and recorders count on it."""
         one: Prefill | Later | None = kwargs.get(PASS)
+        if self.tapped:
+            kwargs = {KEYWORD: NOBODY, **kwargs}
         if one is None:
-            return None
+            return args, kwargs
         hidden = args[0] if args else kwargs.pop("hidden_states")
         hidden, kwargs = one.enter(self.number, layer, hidden, dict(kwargs))
         return (hidden, *args[1:]), kwargs
@@ -205,14 +209,14 @@ class _Rotary:
             self.memo[key] = embeddings, index, tuple(_pick(one, index) for one in embeddings)
         return self.memo[key][-1]
 
-    def at(self, positions: Tensor, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """For given positions. [B, M] or [3 or 4, B, M]"""
+    def at(self, stage: int, positions: Tensor, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """For the positions behind a cut, computed once for it. [B, M] or [3 or 4, B, M]"""
         kind = (self.door.config.layer_types[layer],) if self.door.types else ()
-        key = ("at", id(positions), kind)
+        key = ("at", stage, kind)
         if key not in self.memo:
             axes = positions if positions.ndim == 2 else positions[-3:]
-            self.memo[key] = positions, self.decoder.rotary_emb(hidden, axes, *kind)
-        return self.memo[key][-1]
+            self.memo[key] = self.decoder.rotary_emb(hidden, axes, *kind)
+        return self.memo[key]
 
 
 def _pick(embedding: Tensor, index: Tensor) -> Tensor:
@@ -354,7 +358,7 @@ class Prefill:
             )
         kwargs["attention_mask"] = self.memo[key][-1]
         if self.door.positions == "compact":
-            kwargs["position_embeddings"] = self.rotary.at(self.positions, number, hidden)
+            kwargs["position_embeddings"] = self.rotary.at(self.stages[-1].first, self.positions, number, hidden)
             flat = None if self.positions.ndim == 3 and len(self.positions) == 3 else self.positions
             ids = flat[0] if flat is not None and flat.ndim == 3 else flat
         else:
@@ -387,7 +391,10 @@ class Prefill:
             wanted = self.question[row] if bool(self.question[row].any()) else self.last[row]
         else:
             wanted = self._raters(row)
-        return (wanted[self.index[row]] & self.live[row]).nonzero().flatten()
+        found = (wanted[self.index[row]] & self.live[row]).nonzero().flatten()
+        if len(found):
+            return found
+        return self.live[row].nonzero().flatten()[-1:]  # a prompt that ends with a picture: its last token is gone
 
     def _raters(self, row: int) -> Tensor:
         """The question's tokens that the method lets rate, as a mask over the prompt. [L]"""
@@ -408,19 +415,27 @@ class Prefill:
         if not scores:
             return {}
         start = self.held - sizes(self.cache, hidden.shape[1], number)[1]
+        device = layer.self_attn.q_proj.weight.device
+        if device.type == "meta":
+            raise NotImplementedError(
+                f"{self.door.selector.name} needs the weights of decoder layer {number} before it runs, and they are "
+                "offloaded; keep them on a device"
+            )
         mask: Tensor | None = kwargs.get("attention_mask")
         results: dict[int, dict[str, Tensor]] = {}
         for row, asked in self._asked(number, scores).items():
-            cos, sin = (one[row : row + 1] if len(one) > 1 else one for one in kwargs["position_embeddings"])
+            cos, sin = (
+                (one[row : row + 1] if len(one) > 1 else one).to(device) for one in kwargs["position_embeddings"]
+            )
             past = None
-            if start:
+            if start and self.cache is not None:
                 keys = self.cache.layers[number].keys[row : row + 1]
                 past = keys[:, :, : self.held][:, :, -start:]
-            own = OwnAttention(layer, hidden[row : row + 1].detach(), cos, sin, past)
+            own = OwnAttention(layer, hidden[row : row + 1].detach().to(device), cos, sin, past)
             keys = own.keys()
-            mine = None if mask is None else mask[row : row + 1] if mask.shape[0] > 1 else mask
+            mine = None if mask is None else (mask[row : row + 1] if mask.shape[0] > 1 else mask).to(device)
             results[row] = {
-                name: measure(score, own, asked.rows[name], keys, start, mine, layer.self_attn.scaling)
+                name: measure(score, own, asked.rows[name].to(device), keys, start, mine, layer.self_attn.scaling)
                 if score.kind == "attention"
                 else key_norm(layer.self_attn, keys[:, :, start:], cos, sin)
                 for name, score in scores.items()
@@ -472,20 +487,21 @@ class Prefill:
     def _ask(self, one: _Moving, number: int, hidden: Tensor, results: Mapping[str, Tensor]) -> Cut:
         """The method's choice for one picture."""
         text = self.text[one.row][self.index[one.row]] & self.live[one.row]
+        question = self.question[one.row][self.index[one.row]][text]
         states = hidden[one.row].detach()
-        columns = one.columns.to(states.device)
+        columns, text = one.columns.to(states.device), text.to(states.device)
         tokens = LayerTokens(
             layer=number,
             depth=self.door.depth,
             hidden=states[columns],
             text=states[text],
-            question=self.question[one.row][self.index[one.row]][text],
-            index=one.index,
+            question=question.to(states.device),
+            index=one.index.to(states.device),
             visual=one.placed.visual,
             total=len(one.placed.columns),
             keep=one.left[number],
-            scores={name: values[..., columns] for name, values in results.items()},
-            text_scores={name: values[..., text] for name, values in results.items()},
+            scores={name: values.to(states.device)[..., columns] for name, values in results.items()},
+            text_scores={name: values.to(states.device)[..., text] for name, values in results.items()},
             final_norm=self.decoder.norm,
             ordered=self.door.positions == "compact" and self.positions.ndim == 2,
             memory=one.memory,
@@ -634,29 +650,19 @@ class Later:
             return hidden, kwargs
         mask = kwargs.get("attention_mask")
         now, window = sizes(self.cache, self.new, number), window_of(self.door.config, number)
-        key = (stage.first, id(mask), now, window)
+        key = (stage.first, mask is None, now, window)
         if key not in self.memo:
-            self.memo[key] = (
-                mask,
-                later_mask(
-                    mask,
-                    self.state,
-                    stage,
-                    self.held,
-                    self.new,
-                    now,
-                    window,
-                    self.door.config._attn_implementation or "eager",
-                    hidden.dtype,
-                ),
+            implementation = self.door.config._attn_implementation or "eager"
+            self.memo[key] = later_mask(
+                mask, self.state, stage, self.held, self.new, now, window, implementation, hidden.dtype
             )
-        kwargs["attention_mask"] = self.memo[key][-1]
+        kwargs["attention_mask"] = self.memo[key]
         if stage.shift is not None:
-            key = ("positions", stage.first)
-            if key not in self.memo:
-                self.memo[key] = self.positions - stage.shift.view(-1, 1).to(self.positions.device)
-            positions = self.memo[key]
-            kwargs["position_embeddings"] = self.rotary.at(positions, number, hidden)
+            if ("positions", stage.first) not in self.memo:
+                moved = self.positions - stage.shift.view(-1, 1).to(self.positions.device)
+                self.memo["positions", stage.first] = moved
+            positions = self.memo["positions", stage.first]
+            kwargs["position_embeddings"] = self.rotary.at(stage.first, positions, number, hidden)
             if kwargs.get("position_ids") is not None and positions.ndim == 2:
                 kwargs["position_ids"] = positions
         return hidden, kwargs

@@ -25,7 +25,7 @@ from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import Answers, load_results, read_result
 from vlmfast.eval.runner import evaluate, expand
 from vlmfast.eval.tasks import TASKS, choose, image
-from vlmfast.eval.testbed import folder as testbed_folder
+from vlmfast.eval.testbed import folder as shipped
 from vlmfast.eval.testbed.build import new_model, new_processor
 from vlmfast.solving import share_of
 
@@ -437,7 +437,7 @@ def test_a_process_that_dies_is_told(folders, tmp_path):
 
 def test_runs_at_equal_flops():
     """The keeps differ, the cost of the testbed's usual prompt does not; a spec with a keep of its own stays."""
-    folder = testbed_folder("llava")
+    folder = shipped("llava")
     tasks = choose(["colour"])
     documents = {"colour": tasks["colour"].load(5, 0)}
     specs = ["none", "random", "fastv", "hiprune:keep=7"]

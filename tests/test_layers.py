@@ -965,3 +965,19 @@ def test_a_prompt_that_ends_with_a_picture(vlm, monkeypatch):
         for letter in "abc":
             vlm.model(**vlm.prompts([[9, letter]]))
     assert len(seen) == 6 and all(bool(scores.isfinite().all()) for scores in seen)
+
+
+@pytest.mark.parametrize("method", ["fastv:keep=0.3", "pyramiddrop:stages=2,keep=0.3", "dart:keep=0.3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_videos_beside_images(name, method):
+    """A video is one picture with one budget, whether its frames stand together or apart between words."""
+    one, rows = shared(name), [[3, "A", 2, "a", 4], [2, "B", 5], [4]]
+    together = one.prompts(rows)
+    with vlmfast.patch(one.model, method) as handle:
+        logits, tokens = one.model(**together).logits[:, -1], continued(one.model, together)
+        for image, indices in zip(handle.report().images, handle.report().kept, strict=True):
+            assert len(indices) == image.kept == round(0.3 * image.n)
+        for row in range(3):
+            alone = one.prompts(rows, only=row)
+            torch.testing.assert_close(one.model(**alone).logits[0, -1], logits[row], rtol=1e-3, atol=1e-3)
+            assert torch.equal(continued(one.model, alone)[0], tokens[row])

@@ -7,7 +7,11 @@ the right shape in every layer. Nothing runs in layers before the first cut, nor
 
 The decoder's last hidden state has the prompt's length again, so that logits, labels and `logits_to_keep` mean what
 they mean without a patch: at the place of a dropped token stands what the last token before it that is left has. The
-token after a dropped one is thus predicted as by a model that never saw the dropped one.
+token after a dropped one is thus predicted as by a model that never saw the dropped one. Hidden states and attention
+maps of single layers (`output_hidden_states`, `output_attentions`) are of the tokens that the layer got.
+
+In sliding layers the window counts the columns of the prompt as the first layer has them; flash attention, which
+applies the window itself, counts the tokens that are left.
 """
 
 from __future__ import annotations
@@ -339,28 +343,17 @@ class Prefill:
         full, now = sizes(self.cache, self.new, number), sizes(self.cache, hidden.shape[1], number)
         key = (len(self.stages), id(mask), full, now)
         if key not in self.memo:
-            whole = self.stages[-1].whole and mask is None
-            self.memo[key] = (
-                mask,
-                None
-                if whole
-                else prompt_mask(
-                    mask,
-                    self.index,
-                    self.live,
-                    self.held,
-                    self.mask,
-                    full,
-                    now,
-                    self.door.config._attn_implementation or "eager",
-                    hidden.dtype,
-                ),
-            )
+            fitted = None
+            if mask is not None or not self.stages[-1].whole:
+                implementation = self.door.config._attn_implementation or "eager"
+                fitted = prompt_mask(
+                    mask, self.index, self.live, self.held, self.mask, full, now, implementation, hidden.dtype
+                )
+            self.memo[key] = mask, fitted  # the mask stays, and so does its id
         kwargs["attention_mask"] = self.memo[key][-1]
         if self.door.positions == "compact":
             kwargs["position_embeddings"] = self.rotary.at(self.stages[-1].first, self.positions, number, hidden)
-            flat = None if self.positions.ndim == 3 and len(self.positions) == 3 else self.positions
-            ids = flat[0] if flat is not None and flat.ndim == 3 else flat
+            ids = self.positions if self.positions.ndim == 2 else self.positions[0]  # of four rows the text's
         else:
             kwargs["position_embeddings"] = self.rotary.picked(given["position_embeddings"], self.index)
             ids = given.get("position_ids")

@@ -33,7 +33,12 @@ from vlmfast.visual import VisualTokens, budget, frame_index, top, unit
 
 def changes(frames: Tensor) -> Tensor:
     """1 - cosine between each place and the same place one frame earlier. [F, n, D] -> [F - 1, n]"""
-    return unit(frames).diff(dim=0).square().sum(-1) / 2
+    before, found = unit(frames[0]), [frames.new_empty(0, frames.shape[1], dtype=torch.float32)]
+    for frame in frames[1:]:  # frame by frame: two of them stay in the cache where the whole video does not
+        now = unit(frame)
+        found.append((now - before).square().sum(-1)[None] / 2)
+        before = now
+    return torch.cat(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -316,6 +316,7 @@ DECODING = {
     "beam": {"num_beams": 3},
     "static": {"cache_implementation": "static"},
     "static beam": {"num_beams": 2, "cache_implementation": "static"},
+    "no cache": {"use_cache": False},
 }
 
 
@@ -340,7 +341,7 @@ def test_a_ragged_batch_equals_its_rows_alone(vlm, how, positions):
     rows_equal_themselves_alone(vlm, staged(STAGES["two"], positions=positions), **DECODING[how])
 
 
-@pytest.mark.parametrize("how", ["greedy", "static"])
+@pytest.mark.parametrize("how", ["greedy", "static", "beam"])
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "qwen3_5", "llava_next"])
 def test_rows_alone_with_other_masks(name, how):
     rows_equal_themselves_alone(shared(name), staged({2: 0.4}), **DECODING[how])
@@ -377,8 +378,9 @@ def test_sliding_windows(types):
         rows_equal_themselves_alone(one, staged(stages))
 
 
-def test_eager_attention(fresh):
-    one = fresh("llava")
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_eager_attention(fresh, name):
+    one = fresh(name)
     inputs = one.prompts(ROWS)
     with vlmfast.patch(one.model, staged(STAGES["two"])):
         expected = one.model(**inputs).logits
@@ -386,6 +388,17 @@ def test_eager_attention(fresh):
     with vlmfast.patch(one.model, staged(STAGES["two"])):
         torch.testing.assert_close(one.model(**inputs).logits[:, -1], expected[:, -1], rtol=1e-4, atol=1e-4)
     rows_equal_themselves_alone(one, staged(STAGES["two"]))
+
+
+def test_right_padding_in_direct_calls(vlm):
+    """As in training: the last real token of each row has the logits it has alone."""
+    inputs = vlm.prompts(ROWS, side="right")
+    with vlmfast.patch(vlm.model, staged(STAGES["two"], positions="compact")):
+        logits = vlm.model(**inputs).logits
+        for row in range(3):
+            alone = vlm.model(**vlm.prompts(ROWS, only=row)).logits[0, -1]
+            last = int(inputs["attention_mask"][row].sum()) - 1
+            torch.testing.assert_close(alone, logits[row, last], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -446,6 +459,15 @@ def test_own_decoding_loop(vlm):
             now = {"input_ids": chosen[-1], "attention_mask": mask, "position_ids": positions}
             out = vlm.model(**now, past_key_values=out.past_key_values)
     assert torch.equal(torch.cat(chosen, 1), expected)
+
+
+def test_prompt_lookup_takes_tokens_back(vlm):
+    """Assisted decoding crops the cache behind the prompt: the tokens are those of greedy decoding."""
+    inputs = vlm.prompts([[3, "a", 2]])
+    with vlmfast.patch(vlm.model, staged(STAGES["two"], positions="compact")):
+        greedy = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=12)
+        found = vlm.model.generate(**inputs, do_sample=False, max_new_tokens=12, prompt_lookup_num_tokens=3)
+    assert torch.equal(greedy, found)
 
 
 def test_a_turn_of_text_on_a_cache_that_holds_different_tokens(vlm):
@@ -692,6 +714,13 @@ def test_what_cannot_work_says_so(vlm):
         with pytest.raises(error, match=words):
             vlmfast.patch(vlm.model, method)
         assert snapshot(vlm.model) == before
+
+
+@pytest.mark.parametrize("spec", ["pyramiddrop:keep=0.125,stages=4/8", "sparsevlm:keep=0.2,schedule=300/200/110"])
+def test_lists_in_specs_round_trip(spec):
+    methods = vlmfast.adapters.from_spec(spec)
+    assert vlmfast.adapters.from_spec(vlmfast.adapters.to_spec(methods)) == methods
+    assert vlmfast.adapters.to_spec(methods) == spec
 
 
 def test_layers_that_cannot_be_cut_or_asked():

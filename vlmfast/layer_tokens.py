@@ -64,6 +64,13 @@ class LayerTokens:
     def __len__(self) -> int:
         return len(self.index)
 
+    @property
+    def budget(self) -> int:
+        """`keep`, for methods that always announce it."""
+        if self.keep is None:
+            raise ValueError(f"no number of tokens was announced for layer {self.layer}")
+        return self.keep
+
 
 @dataclass(frozen=True)
 class Cut:

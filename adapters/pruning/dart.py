@@ -29,11 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmfast.adapters.pruning.layered import LayerPruner
+from vlmfast.adapters.pruning.layered import EarlyPruner
 from vlmfast.decoders import Sizes
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
 from vlmfast.towers import Picture
-from vlmfast.visual import budget, top, unit
+from vlmfast.visual import top, unit
 
 
 def least_alike(states: Tensor, pivots: Tensor, own: Tensor, k: int) -> Tensor:
@@ -53,30 +53,23 @@ def least_alike(states: Tensor, pivots: Tensor, own: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dart(LayerPruner):
-    """layer: the decoder layer (0-based) that gets `keep`; pivots_image, pivots_text: how many of each."""
+class Dart(EarlyPruner):
+    """pivots_image, pivots_text: how many of each."""
 
     name = "dart"
     summary = "pivots by key norm in an early decoder layer, and the tokens least alike to them"
     paper = "arXiv:2502.11494"
-    layer: int = 2
     pivots_image: int = 4
     pivots_text: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(f"layer={self.layer!r}: a decoder layer, 1 or more (0-based)")
         for name in ("pivots_image", "pivots_text"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r}: a number of tokens")
         if self.pivots_image + self.pivots_text == 0:
             raise ValueError("pivots_image and pivots_text are both 0: nothing to compare with")
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """One cut."""
-        return (self.layer,)
 
     def asks(self, layer: int) -> Mapping[str, LayerScore]:
         """L1 norms of the keys of the layer before."""
@@ -89,8 +82,7 @@ class Dart(LayerPruner):
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Norms [n], [T] and hidden states -> kept."""
-        k = budget(self.keep, tokens.total) if tokens.keep is None else tokens.keep
-        states = tokens.final_norm(tokens.hidden)
+        k, states = tokens.budget, tokens.final_norm(tokens.hidden)
         own = top(tokens.scores["keys"], min(self.pivots_image, k, len(tokens)))
         norms = tokens.text_scores["keys"].masked_fill(~tokens.question, -torch.inf)
         text = top(norms, min(self.pivots_text, int(tokens.question.sum())))

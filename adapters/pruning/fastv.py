@@ -20,28 +20,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vlmfast.adapters.pruning.layered import LayerPruner
+from vlmfast.adapters.pruning.layered import EarlyPruner
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
-from vlmfast.visual import budget, top
+from vlmfast.visual import top
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(LayerPruner):
-    """layer: the decoder layer (0-based) that gets `keep` of the tokens; the one before it gives the scores."""
+class FastV(EarlyPruner):
+    """Keep what the last token of the prompt attends to."""
 
     name = "fastv"
     summary = "top visual tokens by the last token's attention in an early decoder layer"
     paper = "arXiv:2403.06764"
-    layer: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(f"layer={self.layer!r}: a decoder layer, 1 or more (0-based)")
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """One cut."""
-        return (self.layer,)
 
     def asks(self, layer: int) -> Mapping[str, LayerScore]:
         """The last query's row in the layer before."""
@@ -49,5 +39,4 @@ class FastV(LayerPruner):
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Scores [n] -> kept [keep]."""
-        k = budget(self.keep, tokens.total) if tokens.keep is None else tokens.keep
-        return Cut(top(tokens.scores["attention"], k).sort().values)
+        return Cut(top(tokens.scores["attention"], tokens.budget).sort().values)

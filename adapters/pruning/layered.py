@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vlmfast.adapter import Adapter
 from vlmfast.decoders import Sizes
-from vlmfast.families import Positions
+from vlmfast.families import Family, Positions
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
 from vlmfast.layers import LayersDoor
 from vlmfast.patching import Patch
@@ -19,13 +19,13 @@ from vlmfast.towers import Picture
 from vlmfast.visual import budget, check_keep
 
 
-def numbers(text: Any, name: str, kind: type = int) -> tuple[Any, ...]:
+def numbers(text: str | int, name: str) -> tuple[int, ...]:
     """A setting that is a list, written with slashes: "8/16/24" -> (8, 16, 24). A single number stands for itself.
 
     Raises ValueError that says how it is written.
     """
     try:
-        return tuple(kind(part) for part in str(text).split("/"))
+        return tuple(int(part) for part in str(text).split("/"))
     except ValueError as error:
         raise ValueError(f"{name}={text!r}: numbers joined by slashes, such as 8/16/24") from error
 
@@ -122,3 +122,67 @@ class LayerPruner(Adapter):
     def attach(self, patch: Patch) -> None:
         """Install door 2, and door 1 in front of it where no method has."""
         LayersDoor(patch, self, self.positions or self.authors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyPruner(LayerPruner):
+    """A method that drops tokens once, behind an early layer.
+
+    layer: the decoder layer (0-based) that gets `keep` of the tokens; the one before it gives the statistics.
+    """
+
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+            raise ValueError(f"layer={self.layer!r}: a decoder layer, 1 or more (0-based)")
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """One cut."""
+        return (self.layer,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedPruner(LayerPruner):
+    """A method that drops tokens in stages through the decoder.
+
+    stages: the layers before which it does, such as 8/16/24; None: the authors' (`plan`, of `plan_depth` layers), at
+    the same shares of the depth.
+    """
+
+    plan: ClassVar[tuple[int, ...]] = ()
+    plan_depth: ClassVar[int] = 32
+    stages: str | int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stages is not None:
+            numbers(self.stages, "stages")
+
+    @classmethod
+    def unsupported(cls, family: Family) -> str | None:
+        """Every stage needs a layer with attention."""
+        return "most of its decoder layers have no attention that could score" if family.hybrid else None
+
+    @property
+    def fixed(self) -> bool:
+        """Whether `stages` is given."""
+        return self.stages is not None
+
+    @property
+    def count(self) -> int:
+        """Number of stages."""
+        return len(self.plan if self.stages is None else numbers(self.stages, "stages"))
+
+    def layers(self, depth: int) -> tuple[int, ...]:
+        """The stages' layers."""
+        if self.stages is None:
+            return tuple(scaled(self.plan, self.plan_depth, depth))
+        return numbers(self.stages, "stages")
+
+    def stage(self, layer: int, depth: int) -> int:
+        """Number of the stage before a layer, from 0."""
+        if self.stages is None:
+            return scaled(self.plan, self.plan_depth, depth)[layer]
+        return numbers(self.stages, "stages").index(layer)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vlmfast.adapters.pruning.layered import LayerPruner
+from vlmfast.adapters.pruning.layered import EarlyPruner
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
-from vlmfast.visual import budget, top
+from vlmfast.visual import top
 
 
 def relative(rows: Tensor) -> Tensor:
@@ -41,25 +41,18 @@ def singled_out(rows: Tensor, threshold: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LSceneLLM(LayerPruner):
-    """layer: the decoder layer (0-based) that gets `keep`; the one before it gives the scores. threshold: of 255."""
+class LSceneLLM(EarlyPruner):
+    """threshold: of 255, above which a token of the question singles a visual token out."""
 
     name = "lscenellm"
     summary = "visual tokens that stand out in the attention of most of the question's tokens"
     paper = "arXiv:2412.01292"
-    layer: int = 2
     threshold: float = 96
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(f"layer={self.layer!r}: a decoder layer, 1 or more (0-based)")
         if not 0 <= self.threshold < 255:
             raise ValueError(f"threshold={self.threshold!r}: from 0 up to, but not including, 255")
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """One cut."""
-        return (self.layer,)
 
     def asks(self, layer: int) -> Mapping[str, LayerScore]:
         """The question's rows in the layer before."""
@@ -67,9 +60,8 @@ class LSceneLLM(LayerPruner):
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Rows [Q, n] -> kept [keep]."""
-        k = budget(self.keep, tokens.total) if tokens.keep is None else tokens.keep
         rows = tokens.scores["rows"]
         votes = (
             singled_out(rows, self.threshold).sum(0) + relative(rows).mean(0) / 2
         )  # a mean is at most 1: half a vote
-        return Cut(top(votes, k).sort().values)
+        return Cut(top(votes, tokens.budget).sort().values)

@@ -23,65 +23,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from vlmfast.adapters.pruning.layered import LayerPruner, numbers, scaled
-from vlmfast.families import Family, Positions
+from vlmfast.adapters.pruning.layered import StagedPruner
+from vlmfast.families import Positions
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
 from vlmfast.visual import budget, top
 
-STAGES, DEPTH = (8, 16, 24), 32
-
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidDrop(LayerPruner):
-    """stages: layers before which tokens are dropped, such as 8/16/24; None: a quarter, half and three quarters of the
-    depth. keep: what the last stage leaves; the stages before it keep shares that fall by one factor.
-    """
+class PyramidDrop(StagedPruner):
+    """keep: what the last stage leaves; the stages before it keep shares that fall by one factor."""
 
     name = "pyramiddrop"
     summary = "the instruction's attention, in stages with geometrically falling shares"
     paper = "arXiv:2410.17247"
     authors: ClassVar[Positions] = "compact"
+    plan: ClassVar[tuple[int, ...]] = (8, 16, 24)
     keep: float | int = 0.125
-    stages: str | int | None = None
     parity: Literal["repaired", "official"] = "repaired"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.parity not in ("repaired", "official"):
             raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
-        if self.stages is not None:
-            numbers(self.stages, "stages")
-
-    @classmethod
-    def unsupported(cls, family: Family) -> str | None:
-        """Every stage needs queries and keys."""
-        if family.hybrid:
-            return "most of its decoder layers have no attention that could score"
-        return None
-
-    @property
-    def fixed(self) -> bool:
-        """Whether `stages` is given."""
-        return self.stages is not None
-
-    def _numbered(self, depth: int) -> dict[int, int]:
-        """Stage before each layer, from 0."""
-        if self.stages is None:
-            return scaled(STAGES, DEPTH, depth)
-        return {layer: number for number, layer in enumerate(numbers(self.stages, "stages"))}
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """The stages."""
-        return tuple(self._numbered(depth)) if self.stages is None else numbers(self.stages, "stages")
 
     def left(self, layer: int, total: int, depth: int) -> int:
         """lambda^stage of the tokens; the last stage leaves `keep` exactly."""
-        count = 3 if self.stages is None else len(numbers(self.stages, "stages"))
-        stage, last = self._numbered(depth)[layer] + 1, budget(self.keep, total)
+        part, last = (self.stage(layer, depth) + 1) / self.count, budget(self.keep, total)
         if self.parity == "official":
             share = self.keep if isinstance(self.keep, float) else self.keep / total
-            return max(1, int(total * share ** (stage / count)))
-        return max(last, round(total * (last / total) ** (stage / count)))
+            return max(1, int(total * share**part))
+        return max(last, round(total * (last / total) ** part))
 
     def asks(self, layer: int) -> Mapping[str, LayerScore]:
         """The instruction's rows of the layer to come."""
@@ -89,5 +60,4 @@ class PyramidDrop(LayerPruner):
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Scores [n] -> kept."""
-        assert tokens.keep is not None
-        return Cut(top(tokens.scores["attention"], tokens.keep).sort().values)
+        return Cut(top(tokens.scores["attention"], tokens.budget).sort().values)

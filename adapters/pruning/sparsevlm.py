@@ -35,14 +35,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.adapters.pruning.layered import LayerPruner, numbers, scaled
+from vlmfast.adapters.pruning.layered import StagedPruner, numbers
 from vlmfast.decoders import Sizes
-from vlmfast.families import Family, Positions
+from vlmfast.families import Positions
 from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
 from vlmfast.towers import Picture
 from vlmfast.visual import budget, top
 
-STAGES, DEPTH, TOKENS = (3, 7, 16), 32, 576  # cuts lie behind layers 2, 6, 15
+TOKENS = 576
 TABLES = ((66, 30, 17), (238, 48, 26), (303, 110, 36), (300, 200, 110))
 
 
@@ -103,53 +103,28 @@ def density_peaks(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseVLM(LayerPruner):
-    """stages: layers before which tokens are dropped, such as 3/7/16; None: the authors' of 32, scaled to the depth.
-    schedule: tokens kept by each stage, such as 300/200/110, instead of what follows from `keep`.
-    """
+class SparseVLM(StagedPruner):
+    """schedule: tokens kept by each stage, such as 300/200/110, instead of what follows from `keep`."""
 
     name = "sparsevlm"
     summary = "text that speaks of the image rates in three layers; dropped tokens are recycled as cluster means"
     paper = "arXiv:2410.04417"
     authors: ClassVar[Positions] = "compact"
+    plan: ClassVar[tuple[int, ...]] = (3, 7, 16)  # cuts lie behind layers 2, 6, 15
     keep: float | int = 113 / 576
-    stages: str | int | None = None
     schedule: str | int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        cuts = STAGES if self.stages is None else numbers(self.stages, "stages")
         kept = None if self.schedule is None else numbers(self.schedule, "schedule")
-        if kept is not None and (len(kept) != len(cuts) or min(kept) < 1):
-            raise ValueError(f"schedule={self.schedule!r}: {len(cuts)} numbers of tokens, one for each stage")
-        if kept is None and len(cuts) != len(STAGES):
+        if kept is not None and (len(kept) != self.count or min(kept) < 1):
+            raise ValueError(f"schedule={self.schedule!r}: {self.count} numbers of tokens, one for each stage")
+        if kept is None and self.count != len(self.plan):
             raise ValueError(f"stages={self.stages!r}: three stages, or a schedule for as many as there are")
-
-    @classmethod
-    def unsupported(cls, family: Family) -> str | None:
-        """Every stage needs attention."""
-        if family.hybrid:
-            return "most of its decoder layers have no attention that could score"
-        return None
-
-    @property
-    def fixed(self) -> bool:
-        """Whether `stages` is given."""
-        return self.stages is not None
-
-    def _numbered(self, depth: int) -> dict[int, int]:
-        """Stage before each layer, from 0."""
-        if self.stages is None:
-            return scaled(STAGES, DEPTH, depth)
-        return {layer: number for number, layer in enumerate(numbers(self.stages, "stages"))}
-
-    def layers(self, depth: int) -> tuple[int, ...]:
-        """The stages."""
-        return tuple(self._numbered(depth)) if self.stages is None else numbers(self.stages, "stages")
 
     def left(self, layer: int, total: int, depth: int) -> int:
         """What the stage leaves, means included."""
-        stage = self._numbered(depth)[layer]
+        stage = self.stage(layer, depth)
         if self.schedule is not None:
             return chain(total, numbers(self.schedule, "schedule"))[stage]
         last = budget(self.keep, total)
@@ -170,8 +145,7 @@ class SparseVLM(LayerPruner):
 
     def cut(self, tokens: LayerTokens) -> Cut:
         """Scores [n] and hidden states -> kept tokens, and means where others were."""
-        assert tokens.keep is not None
-        kept_count, count = split(len(tokens), tokens.keep)
+        kept_count, count = split(len(tokens), tokens.budget)
         order = top(tokens.scores["attention"], len(tokens))
         kept, rest = order[:kept_count].sort().values, order[kept_count:]
         if count == 0:

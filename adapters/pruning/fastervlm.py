@@ -17,48 +17,25 @@ the authors advise (VisPruner issue 1); without it such a tower is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from torch import Tensor
 
-from vlmfast.adapters.pruning.base import Pruner
-from vlmfast.families import Family, Tower
+from vlmfast.adapters.pruning.base import ClsPruner
+from vlmfast.families import Tower
 from vlmfast.visual import Score, VisualTokens, top
 
 
 @dataclass(frozen=True, kw_only=True)
-class FasterVLM(Pruner):
+class FasterVLM(ClsPruner):
     """Keep what the CLS token attends to. fallback: what to use on a tower without CLS ("received", or refuse)."""
 
     name = "fastervlm"
     summary = "top visual tokens by CLS attention of the vision tower"
     paper = "arXiv:2412.01818"
-    fallback: Literal["received"] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fallback not in (None, "received"):
-            raise ValueError(f"fallback={self.fallback!r}: choose 'received' or leave it out")
-
-    @classmethod
-    def needs(cls, family: Family) -> dict[str, Any]:
-        """The fallback, where the tower has no CLS."""
-        return {} if family.cls else {"fallback": "received"}
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """CLS row of the feature layer; the attention received where there is no CLS and the fallback is chosen."""
-        if tower.has_cls:
-            return {"attention": Score(tower.feature_layer, "cls_row")}
-        if self.fallback is None:
-            raise NotImplementedError(
-                "fastervlm needs a CLS token, and this vision tower has none; fastervlm:fallback=received uses the "
-                "attention received from all patches instead"
-            )
-        return {"attention": Score(tower.feature_layer, "column_mean")}
-
-    def notes(self, tower: Tower) -> tuple[str, ...]:
-        """Say when the fallback is at work."""
-        return () if tower.has_cls else ("fastervlm: no CLS in this tower, attention received from all patches used",)
+        return {"attention": Score(tower.feature_layer, "cls_row" if self.follows_cls(tower) else "column_mean")}
 
     def select(self, visual: VisualTokens) -> Tensor:
         """[N] scores -> kept [budget], view by view."""

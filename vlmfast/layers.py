@@ -351,6 +351,7 @@ class Prefill:
                 )
             self.memo[key] = mask, fitted  # the mask stays, and so does its id
         kwargs["attention_mask"] = self.memo[key][-1]
+        ids: Tensor | None
         if self.door.positions == "compact":
             kwargs["position_embeddings"] = self.rotary.at(self.stages[-1].first, self.positions, number, hidden)
             ids = self.positions if self.positions.ndim == 2 else self.positions[0]  # of four rows the text's

@@ -1010,3 +1010,28 @@ def test_videos_beside_images(name, method):
             alone = one.prompts(rows, only=row)
             torch.testing.assert_close(one.model(**alone).logits[0, -1], logits[row], rtol=1e-3, atol=1e-3)
             assert torch.equal(continued(one.model, alone)[0], tokens[row])
+
+
+def second_turn(vlm: Any, inputs: dict[str, Tensor], more: Tensor) -> Tensor:
+    """Generate, add text, generate on with the same cache. -> the last three tokens"""
+    first = vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    rows = len(more)
+    told = {
+        "input_ids": torch.cat([first.sequences, more], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(rows, 3 + more.shape[1]).long()], 1),
+    }
+    if (types := vlm.tiny.types) is not None:
+        told[types] = torch.cat([inputs[types], torch.zeros(rows, 3 + more.shape[1]).long()], 1)
+        told |= {name: value for name, value in inputs.items() if name == "image_grid_thw"}
+    out = vlm.model.generate(**told, past_key_values=first.past_key_values, max_new_tokens=3, do_sample=False)
+    return out[:, -3:]
+
+
+@pytest.mark.parametrize("method", ["fastv:keep=0.4", "hiprune:keep=0.5+pyramiddrop:keep=0.2"])
+def test_a_second_turn_of_a_ragged_batch_equals_its_rows_alone(vlm, method):
+    rows, more = [[3, "a", 2], [2, "b", 1, "c", 6]], torch.tensor([[11, 12, 13], [14, 15, 16]])
+    with vlmfast.patch(vlm.model, method):
+        together = second_turn(vlm, vlm.prompts(rows), more)
+        for row in range(2):
+            alone = second_turn(vlm, vlm.prompts(rows, only=row), more[row : row + 1])
+            assert torch.equal(together[row : row + 1], alone)

@@ -103,7 +103,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a method works on a family: `reason` why not, None if it does; `needs`, settings it does not run without."""
+    """Whether a method works on a family: `reason`, why not (None if it does); `needs`, settings without which not."""
 
     reason: str | None
     needs: dict[str, Any]

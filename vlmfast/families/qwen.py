@@ -152,9 +152,7 @@ def _qwen3_vision(config: Any, grid: Grid) -> Vision:
     return _cost(config, grid, width=tower.hidden_size, ff=ff, matrices=2, out=out, mergers=mergers)
 
 
-def _family(
-    name: str, vision: Callable[[Any, Grid], Vision], deepstack: bool = False, hybrid: bool = False
-) -> Family:
+def _family(name: str, vision: Callable[[Any, Grid], Vision], deepstack: bool = False, hybrid: bool = False) -> Family:
     return Family(
         name=name,
         blocks=("visual.blocks",),

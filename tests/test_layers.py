@@ -27,8 +27,8 @@ from vlmfast.adapters.pruning.lscenellm import LSceneLLM
 from vlmfast.adapters.pruning.pyramiddrop import PyramidDrop
 from vlmfast.adapters.pruning.sparsevlm import SparseVLM, rating, split
 from vlmfast.families import family_of
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
-from vlmfast.layers import merged
+from vlmfast.layers.prefill import merged
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.towers import Picture
 from vlmfast.visual import VisualTokens, budget, top
 

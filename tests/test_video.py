@@ -18,8 +18,8 @@ from vlmfast.adapters.pruning.hiprune import HiPrune
 from vlmfast.adapters.pruning.vidcom2 import VidCom2, split
 from vlmfast.encoding import encode_images, encoder_outputs
 from vlmfast.families import FAMILIES, family_of
-from vlmfast.layer_tokens import LayerTokens
-from vlmfast.layers import merged
+from vlmfast.layers.prefill import merged
+from vlmfast.layers.tokens import LayerTokens
 from vlmfast.towers import Picture
 from vlmfast.visual import View, VisualTokens, apportion, frame_index, is_video
 

@@ -25,8 +25,8 @@ from transformers import Cache
 from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.encoding import IMAGES, PictureEncoder, Selector, renamed
 from vlmfast.families import Family, Positions
-from vlmfast.layer_cache import layer_state
-from vlmfast.layer_tokens import PROMPT, Placed, Prompt
+from vlmfast.layers.cache import layer_state
+from vlmfast.layers.tokens import PROMPT, Placed, Prompt
 from vlmfast.patching import HANDLE, ImageReport, Patch, PromptReport, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
 from vlmfast.visual import Choice, VisualTokens

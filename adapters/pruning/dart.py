@@ -31,7 +31,7 @@ from torch import Tensor
 
 from vlmfast.adapters.pruning.layered import EarlyPruner
 from vlmfast.decoders import Sizes
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.towers import Picture
 from vlmfast.visual import top, unit
 

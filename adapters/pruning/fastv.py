@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlmfast.adapters.pruning.layered import EarlyPruner
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.visual import top
 
 

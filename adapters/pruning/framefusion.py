@@ -38,8 +38,8 @@ from torch import Tensor
 from vlmfast.adapters.pruning.layered import LayerPruner
 from vlmfast.decoders import Attention, Sizes
 from vlmfast.families import Family
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
-from vlmfast.layers import LayersDoor
+from vlmfast.layers.door import LayersDoor
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.patching import ImageReport, Patch
 from vlmfast.towers import Picture
 from vlmfast.visual import VisualTokens, budget, frame_index, is_video, top, unit

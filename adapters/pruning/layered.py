@@ -12,8 +12,8 @@ from torch import Tensor
 from vlmfast.adapter import Adapter
 from vlmfast.decoders import Sizes
 from vlmfast.families import Family, Positions
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
-from vlmfast.layers import LayersDoor
+from vlmfast.layers.door import LayersDoor
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.patching import Patch
 from vlmfast.towers import Picture
 from vlmfast.visual import budget, check_keep
@@ -46,7 +46,7 @@ class LayerPruner(Adapter):
     the language model, an int their number per picture. positions: "original" keeps the position ids of kept tokens,
     "compact" renumbers after each cut without gaps; None: what the official code does (`authors`).
 
-    A method implements `layers`, `left`, `asks` and `cut` (see `vlmfast.layer_tokens.LayerSelector`).
+    A method implements `layers`, `left`, `asks` and `cut` (see `vlmfast.layers.tokens.LayerSelector`).
     """
 
     kind: ClassVar[str] = "pruning"

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from vlmfast.adapters.pruning.layered import EarlyPruner
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.visual import top
 
 

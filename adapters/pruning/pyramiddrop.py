@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 
 from vlmfast.adapters.pruning.layered import StagedPruner
 from vlmfast.families import Positions
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.visual import budget, top
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from vlmfast.adapters.pruning.layered import StagedPruner, numbers
 from vlmfast.decoders import Sizes
 from vlmfast.families import Positions
-from vlmfast.layer_tokens import Cut, LayerScore, LayerTokens
+from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.towers import Picture
 from vlmfast.visual import budget, top
 

@@ -1,236 +1,24 @@
-"""Door 2: visual tokens dropped between decoder layers.
-
-The inputs door tells of every prompt where its pictures stand. Before a cut layer the method chooses, and hidden
-states lose the rest of the columns; every layer behind gets rotary embeddings, positions and the mask for what is
-left. The cache remembers which columns each layer holds (see vlmfast.layer_cache), so that later tokens get masks of
-the right shape in every layer. Nothing runs in layers before the first cut, nor at all while nothing is to go.
-
-The decoder's last hidden state has the prompt's length again, so that logits, labels and `logits_to_keep` mean what
-they mean without a patch: at the place of a dropped token stands what the last token before it that is left has. The
-token after a dropped one is thus predicted as by a model that never saw the dropped one. Hidden states and attention
-maps of single layers (`output_hidden_states`, `output_attentions`) are of the tokens that the layer got.
-
-In sliding layers the window counts the columns of the prompt as the first layer has them; flash attention, which
-applies the window itself, counts the tokens that are left.
-"""
+"""A prompt with pictures on its way through the decoder layers: where tokens go, and what the layers behind get."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vlmfast.attention import KEYWORD, Taps, tap
-from vlmfast.families import Positions
-from vlmfast.inputs import Door
-from vlmfast.layer_cache import LAYERS, LayerState, Stage, later_mask, layer_state, prompt_mask, sizes, window_of
-from vlmfast.layer_scores import Asked, LayerTaps, OwnAttention, key_norm, measure, plain, rotates
-from vlmfast.layer_tokens import PROMPT, Cut, LayerSelector, LayerTokens, Placed, Prompt
-from vlmfast.patching import HANDLE, Patch, Report
+from vlmfast.attention import KEYWORD
+from vlmfast.layers.cache import LAYERS, LayerState, Stage, prompt_mask, sizes
+from vlmfast.layers.rotary import Rotary
+from vlmfast.layers.scores import Asked, LayerTaps, OwnAttention, key_norm, measure
+from vlmfast.layers.tokens import Cut, LayerTokens, Placed, Prompt
 from vlmfast.rewriting import compact, gather_index
-from vlmfast.towers import Tower
-from vlmfast.visual import Choice, Score, VisualTokens
 
-PASS = "vlmfast_pass"  # keyword of the decoder layers: what happens to the tokens of this forward
-IMPLEMENTATIONS = ("sdpa", "eager", "flash")
-NOBODY = Taps({}, closed=True)  # observes nothing
-
-
-@dataclass(frozen=True)
-class Everything:
-    """Selector of the inputs door that drops nothing: it only tells where the pictures stand."""
-
-    uses_text: bool = False
-    keeps_newlines: bool = True
-
-    def wanted(self, tower: Tower) -> dict[str, Score]:
-        """No statistics."""
-        return {}
-
-    def choose(self, visual: VisualTokens) -> Choice:
-        """All tokens."""
-        return Choice(torch.arange(len(visual), device=visual.features.device))
-
-
-class LayersDoor:
-    """Drops visual tokens between the decoder layers of one patched model for one selector."""
-
-    def __init__(self, patch: Patch, selector: LayerSelector, positions: Positions) -> None:
-        if positions not in ("original", "compact"):
-            raise ValueError(f"positions={positions!r}: choose 'original' or 'compact'")
-        self.family, self.selector, self.positions = patch.family, selector, positions
-        decoder = patch.base.get_decoder()
-        self.config = decoder.config
-        self.depth = len(decoder.layers)
-        vision = patch.model.config.vision_config
-        self.stacked = len(getattr(vision, "deepstack_visual_indexes", ())) if self.family.deepstack else 0
-        self.cuts = selector.layers(self.depth)
-        if not selector.fixed:  # early cuts of a schedule by depth are left out where features are still added
-            self.cuts = tuple(cut for cut in self.cuts if cut >= self.stacked) or (self.stacked,)
-        self.linear = self._check(decoder)
-        doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, Door)]
-        inputs = doors[0] if doors else Door(patch, Everything(), None)
-        if inputs.tells:
-            raise NotImplementedError("two methods that drop tokens between decoder layers cannot be combined")
-        inputs.tells = True
-        patch.model.__dict__[HANDLE].reporters.append(self)
-        self.types = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
-        scored = [cut - 1 for cut in self.cuts if any(not score.own for score in selector.asks(cut).values())]
-        tap(patch, [decoder.layers[layer].self_attn for layer in dict.fromkeys(scored)])
-        patch.hook(decoder, self.before_decoder, before=True)
-        patch.hook(decoder, self.after_decoder)
-        for number in range(self.cuts[0] - 1, self.depth):
-            patch.hook(decoder.layers[number], Enter(number, number in scored), before=True)
-
-    def _check(self, decoder: Any) -> list[int]:
-        """Refuse decoders and layers that this cannot work on. -> layers without attention"""
-        name = self.selector.name
-        if (
-            not self.cuts
-            or list(self.cuts) != sorted(set(self.cuts))
-            or not 1 <= self.cuts[0] <= self.cuts[-1] < self.depth
-        ):
-            raise ValueError(
-                f"{name} drops tokens before layers {'/'.join(map(str, self.cuts))}; this decoder has {self.depth} "
-                f"layers: choose ascending numbers from 1 to {self.depth - 1}"
-            )
-        types = getattr(self.config, "layer_types", None) or ("full_attention",) * self.depth
-        strange = sorted(set(types) - {"full_attention", "sliding_attention", "linear_attention"})
-        if strange:
-            raise NotImplementedError(f"{name}: {self.family.name} has {', '.join(strange)} layers")
-        attends = [layer for layer, kind in enumerate(types) if kind != "linear_attention"]
-        scores = {cut: self.selector.asks(cut).values() for cut in self.cuts}
-        needed = {cut if score.own else cut - 1 for cut in self.cuts for score in scores[cut]}
-        if not needed <= set(attends) or self.cuts[0] <= attends[0]:
-            raise NotImplementedError(
-                f"{name} takes scores in layers {'/'.join(map(str, sorted(needed)))} and drops tokens before "
-                f"{'/'.join(map(str, self.cuts))}; only layers {'/'.join(map(str, attends))} of this decoder attend "
-                "(the others hold one state of all tokens), and the first of them must see everything"
-            )
-        if self.cuts[0] < self.stacked:
-            raise ValueError(
-                f"{name} drops tokens before layer {self.cuts[0]}, but {self.family.name} adds features of the vision "
-                f"tower to all visual tokens behind its first {self.stacked} layers: choose {self.stacked} or more"
-            )
-        implementation = self.config._attn_implementation or "eager"
-        if not any(known in implementation for known in IMPLEMENTATIONS):
-            raise NotImplementedError(
-                f"{name} with attn_implementation={implementation!r}; choose sdpa, eager or flash"
-            )
-        for cut in self.cuts:
-            for score in scores[cut]:
-                layer = decoder.layers[cut if score.own else cut - 1]
-                if getattr(layer.self_attn, "attn_logit_softcapping", None) is not None:
-                    raise NotImplementedError(f"{name}: attention scores of layers with capped logits")
-                if (score.own and not plain(layer)) or (score.kind == "key_norm" and not rotates(layer)):
-                    raise NotImplementedError(
-                        f"{name} needs queries and keys of a decoder layer apart from its attention; "
-                        f"{type(layer.self_attn).__name__} does not compute them in a known way"
-                    )
-        return [layer for layer in range(self.depth) if layer not in attends]
-
-    # --- hooks ------------------------------------------------------------------------------------------------
-
-    def before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the decoder: decide whether anything happens to the tokens of this forward."""
-        prompt: Prompt | None = kwargs.get(PROMPT)
-        kwargs = {name: value for name, value in kwargs.items() if name != PROMPT}
-        cache = kwargs.get("past_key_values")
-        state = None if cache is None else layer_state(cache, decoding=kwargs["inputs_embeds"].shape[1] == 1)
-        one: Prefill | Later | None = None
-        if prompt is not None and prompt.pictures:
-            prefill = Prefill(self, decoder, prompt, kwargs)
-            if prefill.active:
-                if state is not None:
-                    raise NotImplementedError(
-                        "a new picture in a later turn on a cache whose layers hold different tokens: use a fresh one"
-                    )
-                one = prefill
-        if one is None and state is not None:
-            one = Later(self, decoder, state, kwargs)
-            if prompt is not None and prompt.mask is not None:
-                state.mask = prompt.mask
-        if one is not None:
-            kwargs[PASS] = one
-        return args, kwargs
-
-    def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Hook of the decoder: give the last hidden state the prompt's length, and the cache its state."""
-        one = kwargs.get(PASS)
-        if not isinstance(one, Prefill):
-            return None
-        one.finish()
-        if isinstance(output, tuple):
-            return (one.spread(output[0]), *output[1:])
-        output.last_hidden_state = one.spread(output.last_hidden_state)
-        return output
-
-    def report(self, report: Report) -> Report:
-        """Add what the method has to say about the pictures of the last prompts."""
-        remarks = getattr(self.selector, "remarks", lambda pictures: ())(report.images)
-        return dataclasses.replace(report, notes=(*report.notes, *remarks))
-
-
-@dataclass(frozen=True)
-class Enter:
-    """Pre-hook of a decoder layer. tapped: its attention looks for an observer, also when there is none."""
-
-    number: int
-    tapped: bool
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand the layer what it works on. Hidden states stay positional: checkpoints and recorders count on it."""
-        one: Prefill | Later | None = kwargs.get(PASS)
-        if self.tapped:
-            kwargs = {KEYWORD: NOBODY, **kwargs}
-        if one is None:
-            return args, kwargs
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        hidden, kwargs = one.enter(self.number, layer, hidden, dict(kwargs))
-        return (hidden, *args[1:]), kwargs
-
-
-# --- positions ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Rotary:
-    """Rotary embeddings for some of the tokens, or for other positions."""
-
-    door: LayersDoor
-    decoder: Any
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-    def picked(self, embeddings: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-        """cos, sin: [..., B or 1, L, d], index [B, M] -> [..., B, M, d]"""
-        key = ("picked", id(embeddings[0]), id(index))
-        if key not in self.memo:
-            self.memo[key] = embeddings, index, tuple(_pick(one, index) for one in embeddings)
-        return self.memo[key][-1]
-
-    def at(self, stage: int, positions: Tensor, layer: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """For the positions behind a cut, computed once for it. [B, M] or [3 or 4, B, M]"""
-        kind = (self.door.config.layer_types[layer],) if self.door.types else ()
-        key = ("at", stage, kind)
-        if key not in self.memo:
-            axes = positions if positions.ndim == 2 else positions[-3:]
-            self.memo[key] = self.decoder.rotary_emb(hidden, axes, *kind)
-        return self.memo[key]
-
-
-def _pick(embedding: Tensor, index: Tensor) -> Tensor:
-    rows, width = index.shape[0], embedding.shape[-1]
-    embedding = embedding.expand(*embedding.shape[:-3], rows, *embedding.shape[-2:])
-    index = index.to(embedding.device)[..., None].expand(*embedding.shape[:-3], -1, -1, width)
-    return embedding.gather(-2, index)
-
-
-# --- a prompt with pictures -----------------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from vlmfast.layers.door import LayersDoor
 
 
 @dataclass
@@ -286,7 +74,7 @@ class Prefill:
         self.positions = self._given_positions(kwargs.get("position_ids"))
         self.shift = torch.zeros(self.rows, dtype=torch.long, device=device)
         self.stages: list[Stage] = []
-        self.rotary = _Rotary(door, decoder)
+        self.rotary = Rotary(door, decoder)
         self.memo: dict[Any, Any] = {}
         self.taps: LayerTaps | None = None
         self.counts: list[dict[int, int]] = [{0: len(one.columns) + len(one.others)} for one in self.pictures]
@@ -607,56 +395,3 @@ def merged(hidden: Tensor, row: int, columns: Tensor, kept: Tensor, merge: Tenso
     count = torch.bincount(merge[joins], minlength=len(kept)).clamp(min=1)[:, None]
     place = columns[kept]
     return hidden.index_put((torch.full_like(place, row), place), (total / count).to(hidden.dtype))
-
-
-# --- tokens after the prompt ----------------------------------------------------------------------------------------
-
-
-class Later:
-    """One forward over tokens that follow prompts a cache holds: decoding, or a further turn of text."""
-
-    def __init__(self, door: LayersDoor, decoder: Any, state: LayerState, kwargs: dict[str, Any]) -> None:
-        self.door, self.state, self.cache = door, state, kwargs["past_key_values"]
-        embeds = kwargs["inputs_embeds"]
-        self.rows, self.new = embeds.shape[:2]
-        filled = len(state.stages[0].columns)
-        if filled != self.rows:
-            raise ValueError(f"{self.rows} rows for a cache that was filled with {filled}")
-        self.held = self.cache.get_seq_length()
-        if isinstance(self.held, Tensor):
-            self.held = self.held.clone()  # a static cache counts on in place
-        elif self.held < state.seen:
-            raise ValueError(
-                f"the cache holds {self.held} columns, fewer than the {state.seen} of the pruned prompt: "
-                "cropping into a pruned prompt is not supported, start a fresh cache"
-            )
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = (self.held + torch.arange(self.new, device=embeds.device))[None]
-        self.positions = positions.expand(*positions.shape[:-2], self.rows, self.new)
-        self.rotary = _Rotary(door, decoder)
-        self.memo: dict[Any, Any] = {}
-
-    def enter(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """The mask for what the layer holds, and its positions."""
-        stage = self.state.stage(number)
-        if stage is None or number in self.door.linear:
-            return hidden, kwargs
-        mask = kwargs.get("attention_mask")
-        now, window = sizes(self.cache, self.new, number), window_of(self.door.config, number)
-        key = (stage.first, mask is None, now, window)
-        if key not in self.memo:
-            implementation = self.door.config._attn_implementation or "eager"
-            self.memo[key] = later_mask(
-                mask, self.state, stage, self.held, self.new, now, window, implementation, hidden.dtype
-            )
-        kwargs["attention_mask"] = self.memo[key]
-        if stage.shift is not None:
-            if ("positions", stage.first) not in self.memo:
-                moved = self.positions - stage.shift.view(-1, 1).to(self.positions.device)
-                self.memo["positions", stage.first] = moved
-            positions = self.memo["positions", stage.first]
-            kwargs["position_embeddings"] = self.rotary.at(stage.first, positions, number, hidden)
-            if kwargs.get("position_ids") is not None and positions.ndim == 2:
-                kwargs["position_ids"] = positions
-        return hidden, kwargs

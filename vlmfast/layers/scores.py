@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.attention import ENTRIES, ENTRIES_CPU, attention_rows
-from vlmfast.layer_tokens import LayerScore
+from vlmfast.layers.tokens import LayerScore
 
 
 @dataclass

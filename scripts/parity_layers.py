@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vlmfast.adapters.pruning.fastv import FastV
 from vlmfast.adapters.pruning.lscenellm import singled_out
-from vlmfast.layer_scores import measure
-from vlmfast.layer_tokens import LayerScore, LayerTokens
+from vlmfast.layers.scores import measure
+from vlmfast.layers.tokens import LayerScore, LayerTokens
 from vlmfast.rewriting import gather_index
 from vlmfast.visual import VisualTokens
 

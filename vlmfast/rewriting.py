@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -183,3 +183,8 @@ def compact(positions: Tensor, keep: Tensor, selected: Sequence[Span]) -> tuple[
     if len(positions) == 4:  # the text row, which numbers the sequence itself
         positions[0] = positions[0] - (~keep).long().cumsum(1)
     return positions, shift
+
+
+def present(outputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The encoder outputs that are there, by modality."""
+    return {name: output for name, output in (outputs or {}).items() if output is not None}

@@ -17,7 +17,7 @@ largest products of both are centres, the rest joins the nearest centre.
 
 Budget: `keep` is what the third stage leaves, means included. The authors give tables for 576 tokens alone, k of each
 stage for a nominal 192, 128, 96, 64 tokens; the first two stages are interpolated between the shares these tables
-leave in the end, so that the tables are met exactly (keep = 113/576 is their 192). A table of one's own:
+leave in the end, so that the tables are met exactly (keep = 0.196, 113 of 576, is their 192). A table of one's own:
 `schedule="300/200/110"`, k of each stage; `keep` then says nothing. Other depths: the same shares of the depth.
 
 Differs from the authors' code: ties in density go by index (theirs adds random noise); only the raters' rows are
@@ -111,7 +111,7 @@ class SparseVLM(StagedPruner):
     paper = "arXiv:2410.04417"
     authors: ClassVar[Positions] = "compact"
     plan: ClassVar[tuple[int, ...]] = (3, 7, 16)  # cuts lie behind layers 2, 6, 15
-    keep: float | int = 113 / 576
+    keep: float | int = 0.196
     schedule: str | int | None = None
 
     def __post_init__(self) -> None:

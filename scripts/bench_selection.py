@@ -149,7 +149,7 @@ def measure(
 def table(rows: Sequence[dict[str, Any]], threads: Sequence[int]) -> Table:
     """What was measured, a line a method."""
     result = Table(title="choosing tokens, ms a picture (median); reference: one run of a straightforward reading")
-    result.add_column("method")
+    result.add_column("method", no_wrap=True)
     for size in SIZES:
         for count in threads:
             result.add_column(f"{size}\n{count} thread{'s' * (count > 1)}", justify="right")

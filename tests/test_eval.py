@@ -380,7 +380,18 @@ def start(folders, tmp_path, out, workers):
     script.write_text(SCRIPT)
     models = [str(folders / name) for name in ("llava", "qwen2_5_vl")]
     command = [sys.executable, str(script), str(out), str(workers), *models]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=listen,
+    )
+
+
+def listen() -> None:
+    """A shell's background job ignores Ctrl-C, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ def test_features_are_what_the_model_scatters(qwen):
             ours = [torch.cat(layer) for layer in zip(*(one.deepstack for one in pictures))]
             among = places[places | (inputs["input_ids"] == (IMAGE + VIDEO - token))]
             theirs = [layer[among] for layer in seen[0]["deepstack_visual_embeds"]]
-            assert len(ours) == len(theirs) == 2 and all(map(torch.equal, ours, theirs))
+            assert len(ours) == len(theirs) == 3 and all(map(torch.equal, ours, theirs))
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
@@ -317,7 +317,8 @@ def test_positions_and_logits_of_a_batch(qwen, method, policy):
         assert seen[0]["attention_mask"][i].tolist() == [0] * (logits.shape[1] - length) + [1] * length
         assert seen[0]["position_ids"][-3:, i, -length:].T.tolist() == row.axes
         expected, _ = by_hand(qwen, row, 0)
-        torch.testing.assert_close(logits[i, -length:], expected, **CLOSE)
+        close = {"rtol": 1e-2, "atol": 2e-3} if qwen.name in HYBRID else CLOSE  # a state over all tokens, in fp32
+        torch.testing.assert_close(logits[i, -length:], expected, **close)
 
 
 def test_the_position_that_follows():

@@ -277,6 +277,14 @@ class Reference:
 # --- against the reference ------------------------------------------------------------------------------------------
 
 STAGES = {"one": {2: 0.5}, "two": {1: 0.6, 2: 0.3}}
+FIRST = {"qwen3_vl": 3, "qwen3_5": 4}  # the first layer that can be cut, where it is not 1
+
+
+def at(name: str, stages: dict[int, float]) -> dict[int, float]:
+    """A single stage, as early as the family lets it be."""
+    return {max(layer, FIRST.get(name, 1)): share for layer, share in stages.items()}
+
+
 CASES = [(name, "one", "original") for name in FAMILIES]
 CASES += [(name, "one", "compact") for name in ("llava", "qwen3_vl", "llava_next", "paligemma")]
 CASES += [(name, "two", how) for name in ("llava", "qwen2_5_vl", "gemma3") for how in ("original", "compact")]
@@ -286,9 +294,10 @@ CASES += [(name, "two", how) for name in ("llava", "qwen2_5_vl", "gemma3") for h
 def test_prefill_and_greedy_decoding_equal_a_layer_loop_by_hand(name, stages, positions):
     family = shared(name)
     inputs = family.prompts([[3, "a", 2, "b", 4]])
-    reference = Reference(family, STAGES[stages], positions)
+    cuts = at(name, STAGES[stages])
+    reference = Reference(family, cuts, positions)
     logits, tokens = reference.run(inputs)
-    with vlmfast.patch(family.model, staged(STAGES[stages], positions=positions)) as handle:
+    with vlmfast.patch(family.model, staged(cuts, positions=positions)) as handle:
         ours, chosen = logits_and_tokens(family.model, inputs)
         kept = handle.report().kept
         direct = family.model(**inputs).logits
@@ -344,7 +353,7 @@ def test_a_ragged_batch_equals_its_rows_alone(vlm, how, positions):
 @pytest.mark.parametrize("how", ["greedy", "static", "beam"])
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "qwen3_5", "llava_next"])
 def test_rows_alone_with_other_masks(name, how):
-    rows_equal_themselves_alone(shared(name), staged({2: 0.4}), **DECODING[how])
+    rows_equal_themselves_alone(shared(name), staged(at(name, {2: 0.4})), **DECODING[how])
 
 
 def windowed(types: list[str]) -> Any:
@@ -554,7 +563,7 @@ def test_keeping_everything_is_the_identity_bit_for_bit(family):
     inputs = family.prompts(ROWS)
     logits, tokens = family.model(**inputs).logits, continued(family.model, inputs)
     before = snapshot(family.model)
-    with vlmfast.patch(family.model, staged({2: 1.0})) as handle:
+    with vlmfast.patch(family.model, staged(at(family.name, {2: 1.0}))) as handle:
         assert torch.equal(family.model(**inputs).logits, logits)
         assert torch.equal(continued(family.model, inputs), tokens)
         assert all(image.kept == image.n for image in handle.report().images)
@@ -724,11 +733,11 @@ def test_lists_in_specs_round_trip(spec):
 
 
 def test_layers_that_cannot_be_cut_or_asked():
-    with pytest.raises(NotImplementedError, match="only layers 1 of this decoder attend"):
+    with pytest.raises(NotImplementedError, match="only layers 3 of this decoder attend"):
         vlmfast.patch(shared("qwen3_5").model, "fastv:layer=1")
     with pytest.raises(NotImplementedError, match="no attention that could score"):
         vlmfast.patch(shared("qwen3_5").model, "pyramiddrop")
-    with pytest.raises(ValueError, match="behind its first 2 layers: choose 2 or more"):
+    with pytest.raises(ValueError, match="behind its first 3 layers: choose 3 or more"):
         vlmfast.patch(shared("qwen3_vl").model, "fastv:layer=1")
 
 
@@ -996,13 +1005,13 @@ def test_a_prompt_that_ends_with_a_picture(vlm, monkeypatch):
     assert len(seen) == 6 and all(bool(scores.isfinite().all()) for scores in seen)
 
 
-@pytest.mark.parametrize("method", ["fastv:keep=0.3", "pyramiddrop:stages=2,keep=0.3", "dart:keep=0.3"])
+@pytest.mark.parametrize("method", ["fastv:layer={}", "pyramiddrop:stages={}", "dart:layer={}"])
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
 def test_videos_beside_images(name, method):
     """A video is one picture with one budget, whether its frames stand together or apart between words."""
     one, rows = shared(name), [[3, "A", 2, "a", 4], [2, "B", 5], [4]]
     together = one.prompts(rows)
-    with vlmfast.patch(one.model, method) as handle:
+    with vlmfast.patch(one.model, method.format(FIRST.get(name, 2)) + ",keep=0.3") as handle:
         logits, tokens = one.model(**together).logits[:, -1], continued(one.model, together)
         for image, indices in zip(handle.report().images, handle.report().kept, strict=True):
             assert len(indices) == image.kept == round(0.3 * image.n)

@@ -124,8 +124,8 @@ def test_torchs_counter_sees_the_share_on_every_family(family):
     """Tower, projector, decoder of every kind, a statistic and a cut inside."""
     vlm = eager(family)
     plain = counted(vlm, "a")
-    for spec in ("random", "fastv"):
-        with vlmfast.patch(vlm.model, spec) as handle:
+    for name in ("random", "fastv"):
+        with vlmfast.patch(vlm.model, spec_of(name, family)) as handle:
             share = counted(vlm, "a") / plain
             assert handle.report().share == pytest.approx(share, rel=1e-9)
 

@@ -33,11 +33,12 @@ TOKENS = {
 TOWER = {"depth": 4, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 SIZED = TOWER | {"hidden_size": WIDTH, "intermediate_size": 48, "out_hidden_size": WIDTH}
 POSED = SIZED | {"num_position_embeddings": 36}
-DEEPSTACK = {"deepstack_visual_indexes": [0, 2]}
+DEEPSTACK = {"deepstack_visual_indexes": [0, 1, 2]}  # three of them, as the published models have
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LINEAR = {
     "head_dim": 16,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 5,
+    "layer_types": [*["linear_attention"] * 3, "full_attention", "linear_attention"],  # every fourth, as published
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
@@ -63,12 +64,12 @@ def build_qwen2_5_vl() -> Qwen2_5_VLForConditionalGeneration:
 
 
 def build_qwen3_vl() -> Qwen3VLForConditionalGeneration:
-    text = text_settings(head_dim=8, **rope([2, 1, 1], mrope_interleaved=True))
+    text = text_settings(num_hidden_layers=4, head_dim=8, **rope([2, 1, 1], mrope_interleaved=True))
     return Qwen3VLForConditionalGeneration(Qwen3VLConfig(vision_config=POSED | DEEPSTACK, text_config=text, **TOKENS))
 
 
 def build_qwen3_vl_moe() -> Qwen3VLMoeForConditionalGeneration:
-    text = text_settings(head_dim=8, **EXPERTS, **rope([2, 1, 1], mrope_interleaved=True))
+    text = text_settings(num_hidden_layers=4, head_dim=8, **EXPERTS, **rope([2, 1, 1], mrope_interleaved=True))
     config = Qwen3VLMoeConfig(vision_config=POSED | DEEPSTACK, text_config=text, **TOKENS)
     return Qwen3VLMoeForConditionalGeneration(config)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -133,6 +133,13 @@ class EarlyPruner(LayerPruner):
 
     layer: int = 2
 
+    @classmethod
+    def needs(cls, family: Family) -> dict[str, Any]:
+        """A later layer where the published models of a family still add features to the early ones (deepstack: three)
+        or have linear layers there (the fourth attends).
+        """
+        return {"layer": 4} if family.hybrid else {"layer": 3} if family.deepstack else {}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
@@ -182,7 +189,8 @@ class StagedPruner(LayerPruner):
         return numbers(self.stages, "stages")
 
     def stage(self, layer: int, depth: int) -> int:
-        """Number of the stage before a layer, from 0."""
+        """Number of the stage before a layer, from 0: the last one due, where early ones had to be left out."""
         if self.stages is None:
-            return scaled(self.plan, self.plan_depth, depth)[layer]
+            due = [number for planned, number in scaled(self.plan, self.plan_depth, depth).items() if planned <= layer]
+            return max(due, default=0)
         return numbers(self.stages, "stages").index(layer)

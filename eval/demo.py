@@ -94,7 +94,9 @@ def run(
         for spec in [UNPATCHED, *specs]:
             status.update(f"answering with {spec} ...")
             outcomes.append(answer(network, processor, inputs, spec, max_new_tokens, repeats))
-    save_overlay(visible(picture, processor.image_processor), outcomes[1:], out)
+    if len(outcomes[1].report.images[0].views) == 1:  # a thumbnail and crops show all of the picture
+        picture = visible(picture, processor.image_processor)
+    save_overlay(picture, outcomes[1:], out)
     _print(outcomes, console)
     console.print(f"\nkept tokens  {out}", highlight=False, soft_wrap=True)
     return outcomes

@@ -72,12 +72,29 @@ def overlay(
     return Image.fromarray((left * pixels + (1 - left) * GREY).astype(np.uint8))
 
 
-def paint(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask [h, w] stretched over ``size`` pixels (height, width). -> float32 [height, width], 0 or 1"""
-    height, width = size
-    rows = np.minimum(np.arange(height) * mask.shape[0] // height, mask.shape[0] - 1)
-    columns = np.minimum(np.arange(width) * mask.shape[1] // width, mask.shape[1] - 1)
-    return mask[rows[:, None], columns[None, :]].astype(np.float32)
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def paint(mask: np.ndarray, size: tuple[int, int], region: Sequence[float] = WHOLE) -> np.ndarray:
+    """A mask [h, w] stretched over a region of ``size`` pixels (height, width). -> float32 [height, width], 0 or 1
+
+    region: (top, left, bottom, right) as fractions of the picture, beyond 0 and 1 where a view shows padding, too;
+    places outside of it are NaN.
+    """
+    top, left, bottom, right = region
+    painted = np.full(size, np.nan, dtype=np.float32)
+    rows, ys = _cells(size[0], mask.shape[0], top, bottom)
+    columns, xs = _cells(size[1], mask.shape[1], left, right)
+    painted[np.ix_(ys, xs)] = mask[np.ix_(rows, columns)]
+    return painted
+
+
+def _cells(pixels: int, cells: int, start: float, stop: float) -> tuple[np.ndarray, np.ndarray]:
+    """Which cells, and which pixels along an axis show them, from start to stop (fractions of all pixels)."""
+    centres = (np.arange(pixels) + 0.5) / pixels
+    inside = np.flatnonzero((centres >= start) & (centres < stop))
+    found = ((centres[inside] - start) / (stop - start) * cells).astype(int)
+    return np.minimum(found, cells - 1), inside
 
 
 def brightness(kept: Sequence[int], views: Sequence[View], size: tuple[int, int]) -> np.ndarray:
@@ -87,17 +104,15 @@ def brightness(kept: Sequence[int], views: Sequence[View], size: tuple[int, int]
     """
     if any(view.kind == "frame" for view in views):
         raise ValueError("an overlay shows one picture, not the frames of a video")
-    height, width = size
     shown, keeping = np.zeros(size, dtype=np.float32), np.zeros(size, dtype=np.float32)
     stays = set(kept)
     for view in views:
         mask = np.array([index in stays for index in view.index.tolist()]).reshape(view.grid)
-        top, bottom = round(view.region[0] * height), round(view.region[2] * height)
-        left, right = round(view.region[1] * width), round(view.region[3] * width)
-        if bottom <= top or right <= left or mask.size == 0:
+        if mask.size == 0:  # a crop of nothing but padding
             continue
-        shown[top:bottom, left:right] += 1
-        keeping[top:bottom, left:right] += paint(mask, (bottom - top, right - left))
+        painted = paint(mask, size, view.region)
+        shown += ~np.isnan(painted)
+        keeping += np.nan_to_num(painted)
     return keeping / np.maximum(shown, 1)
 
 

@@ -517,6 +517,9 @@ class TestOverlay:
             overlay.overlay(np.full((4, 8, 3), 255, np.uint8), [0, 1, 5, 7], (1, 1, 8), (thumbnail, crop))
         )
         assert drawn[0, 0, 0] == 255 > drawn[0, 300, 0] > drawn[-1, 0, 0]
+        padded = View(torch.arange(4), (2, 2), "crop", (0, 0), (-1.0, 0.0, 1.0, 1.0))  # its upper half is padding
+        bright = overlay.brightness([2], (View(torch.arange(4, 8), (2, 2), "thumbnail"), padded), (4, 8))
+        assert (bright[:, :4] == 0.5).all() and (bright[:, 4:] == 0).all()
         with pytest.raises(ValueError, match="frames of a video"):
             overlay.brightness([0], (View(torch.arange(4), (2, 2), "frame"),), (4, 4))
 

@@ -8,7 +8,11 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_llava
 from PIL import Image
+from tiny import text_settings
+from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from typer.testing import CliRunner
 
 import vlmfast
@@ -74,6 +78,33 @@ def ask(llava, photo, tmp_path):
     return run
 
 
+def any_resolution(folder):
+    """A small random LLaVA-NeXT with the testbed's tokenizer, saved with its processor."""
+    plain = new_processor("llava")
+    sizes = [[48, 96], [96, 48], [96, 96], [48, 144], [144, 48]]
+    config = LlavaNextConfig(
+        vision_config=tiny_llava.clip(),
+        text_config=LlamaConfig(**text_settings(vocab_size=len(plain.tokenizer))),
+        image_token_id=plain.tokenizer.convert_tokens_to_ids(plain.image_token),
+        vision_feature_layer=-2,
+        image_grid_pinpoints=sizes,
+    )
+    LlavaNextForConditionalGeneration(config).save_pretrained(folder)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}, image_grid_pinpoints=sizes
+    )
+    LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=plain.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=plain.chat_template,
+        image_token=plain.image_token,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
 class TestHelp:
     def test_alone_prints_help(self):
         result = call()
@@ -136,6 +167,19 @@ class TestRun:
         assert str(tmp_path / "kept.png") in result.stdout
         with Image.open(tmp_path / "kept.png") as sheet:
             assert sheet.format == "PNG" and sheet.width > 2 * 480
+
+    def test_a_picture_cut_into_crops(self, ask, photo, tmp_path):
+        """LLaVA-NeXT from a folder: a wide picture with padding, newlines, a thumbnail and crops."""
+        wide = tmp_path / "wide.png"
+        Image.open(photo).convert("RGB").resize((150, 70)).save(wide)
+        result = ask("--method", "globalcom2:keep=40", model=any_resolution(tmp_path / "next"), image=wide)
+        assert result.exit_code == 0, result.output
+        costs = result.stdout.partition("TTFT")[2].splitlines()
+        names = ("unpatched", "globalcom2")
+        whole, kept = (int(line.split()[1]) for line in costs if line.strip().startswith(names))
+        assert whole > 72 and whole > kept > 40, "more than one view, and newlines beside the 40 kept"
+        with Image.open(tmp_path / "kept.png") as sheet:
+            assert sheet.width > 2 * 480
 
     def test_a_method_inside_the_language_model(self, ask):
         """What is left after the last cut, and the mean over the six layers: two of 144, four of 16."""

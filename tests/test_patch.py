@@ -93,7 +93,7 @@ def test_text_only_calls_are_untouched(vlm):
     with vlmfast.patch(vlm.model, METHOD) as handle:
         assert torch.equal(vlm.model(**inputs).logits, logits)
         assert torch.equal(greedy(vlm.model, inputs), tokens)
-        assert "no image seen yet" in str(handle.report())
+        assert "no picture seen yet" in str(handle.report())
 
 
 def test_prompt_lookup_and_custom_loops_agree_with_plain_greedy(vlm):

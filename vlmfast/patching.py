@@ -165,10 +165,12 @@ class Report:
 
     def __str__(self) -> str:
         if not self.images:
-            return "\n".join([f"{self.spec}: no image seen yet", *self.notes])
+            return "\n".join([f"{self.spec}: no picture seen yet", *self.notes])
         before, after = sum(i.n for i in self.images), sum(i.kept for i in self.images)
-        lines = [f"{self.spec}: {after} of {before} visual tokens kept in {len(self.images)} image(s)"]
-        lines += [f"  image {k}: {image.kept} of {image.n}" for k, image in enumerate(self.images)]
+        kinds = ["video" if any(view.kind == "frame" for view in one.views) else "image" for one in self.images]
+        counts = " and ".join(f"{kinds.count(kind)} {kind}(s)" for kind in dict.fromkeys(kinds))
+        lines = [f"{self.spec}: {after} of {before} visual tokens kept in {counts}"]
+        lines += [f"  {kind} {k}: {one.kept} of {one.n}" for k, (kind, one) in enumerate(zip(kinds, self.images))]
         if self.per_layer:
             mean = sum(self.per_layer) / len(self.per_layer)
             lines.append(f"  visual tokens a prompt, mean over the {len(self.per_layer)} decoder layers: {mean:.1f}")

@@ -566,6 +566,7 @@ def test_videos_beside_images_in_a_padded_batch(filmed, spec):
         assert len(picture.indices) == (round(0.4 * n) if is_video(picture.views) else n)
     assert [is_video(picture.views) for picture in report.images] == [True, False, False, True]
     assert f"{spec.partition(':')[0]}: prunes videos; 2 still picture(s) kept whole" in report.notes
+    assert " video(s) and " in str(report)
 
 
 @on_families("vidcom2:keep=0.4,positions=original", "framefusion:keep=0.4,similarity=0.2,positions=compact")

@@ -31,7 +31,7 @@ import torch
 
 from vlmfast.decoders import decoder
 from vlmfast.families import family_of
-from vlmfast.towers import Grid, Vision
+from vlmfast.towers import Grid, Vision, pair
 from vlmfast.visual import Score
 
 CONVENTION = (
@@ -168,14 +168,9 @@ def nominal_grid(config: Any) -> Grid:
     if size is None:
         return NOMINAL_GRID
     height, width = (
-        side // patch for side, patch in zip(_pair(size), _pair(config.vision_config.patch_size), strict=True)
+        side // patch for side, patch in zip(pair(size), pair(config.vision_config.patch_size), strict=True)
     )
     return (1, height, width)
-
-
-def _pair(side: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size that configs write as one number or two."""
-    return (side, side) if isinstance(side, int) else (side[0], side[1])
 
 
 def prefill_flops(config: Any, tokens: float | Sequence[float], convention: str = "X2") -> float:

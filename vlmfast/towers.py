@@ -96,3 +96,8 @@ def vit_flops(
     linear = sum(2 * sum(layer) * (4 * width * width + matrices * width * ff) for layer in spans)
     attention = sum(4 * width * span * span for layer in spans for span in layer)
     return embedding + linear + attention
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -25,8 +25,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches, unpad_image
 
 from vlmfast.families.base import Encoded, Family, Source
-from vlmfast.families.clip import cls_stays, patch_maps, vit_tower, vit_vision
-from vlmfast.families.llava import BLOCKS
+from vlmfast.families.clip import BLOCKS, cls_stays, patch_maps, videos, vit_tower, vit_vision
 from vlmfast.towers import Grid, Picture, Tower, Vision
 from vlmfast.visual import View, VisualTokens, frames
 
@@ -275,29 +274,10 @@ LLAVA_NEXT = Family(
     nominal=_next_nominal,
 )
 
-LLAVA_NEXT_VIDEO = Family(
+LLAVA_NEXT_VIDEO = dataclasses.replace(
+    LLAVA_NEXT,
     name="llava_next_video",
-    blocks=BLOCKS,
-    attention="self_attn",
-    positions="compact",
-    mrope=False,
-    tower=_tower,
-    vision=vit_vision,
-    sources={
-        "image": NEXT_IMAGES,
-        "video": Source(
-            layout=_next_videos,
-            token="video_token_id",
-            pixels="pixel_values_videos",
-            encode="get_video_features",
-            container="tensor",
-            vision=_next_video_vision,
-        ),
-    },
-    projector="multi_modal_projector",
-    cls=True,
-    crops=True,
-    nominal=_next_nominal,
+    sources={"image": NEXT_IMAGES, "video": videos(_next_videos, _next_video_vision)},
 )
 
 
@@ -353,14 +333,7 @@ LLAVA_ONEVISION = Family(
     vision=vit_vision,
     sources={
         "image": Source(layout=_onevision_images, needs=("image_sizes",)),
-        "video": Source(
-            layout=_onevision_videos,
-            token="video_token_id",
-            pixels="pixel_values_videos",
-            encode="get_video_features",
-            container="tensor",
-            vision=_onevision_video_vision,
-        ),
+        "video": videos(_onevision_videos, _onevision_video_vision),
     },
     crops=True,
     nominal=_onevision_nominal,

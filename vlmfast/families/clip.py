@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from vlmfast.families.base import Encoded
-from vlmfast.towers import Grid, Tower, Vision, vit_flops
-from vlmfast.visual import Score
+from vlmfast.families.base import Encoded, Source, merged_raster
+from vlmfast.towers import Grid, Tower, Vision, pair, vit_flops
+from vlmfast.visual import Score, VisualTokens
 
 HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}  # by `model_type`: whether token 0 is CLS
+
+BLOCKS = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
 
 
 def has_cls(config: Any) -> bool:
@@ -126,6 +128,42 @@ def patch_maps(encoded: Encoded) -> dict[Score, Tensor]:
     check_call(encoded)
     first = int(encoded.tower.has_cls)
     return {score: parts[0][:, first:] for score, parts in encoded.raw.items()}
+
+
+def merged_views(encoded: Encoded) -> list[VisualTokens]:
+    """Every view a picture of its own, squares of patches (`Tower.merge` a side) merged into one token each."""
+    pixels, tower = encoded.inputs["pixel_values"], encoded.tower
+    height, width = pair(encoded.config.vision_config.patch_size)
+    h, w = pixels.shape[-2] // height, pixels.shape[-1] // width
+    maps = patch_maps(encoded)
+    return [
+        VisualTokens(
+            features=view,
+            grid=(1, h // tower.merge, w // tower.merge),
+            queries=h * w + tower.has_cls,
+            pixels=pixels[i],
+            statistics={score: merged_raster(values[i], (h, w), tower.merge) for score, values in maps.items()},
+            patches=(1, h, w),
+        )
+        for i, view in enumerate(encoded.output.pooler_output)
+    ]
+
+
+def videos(
+    layout: Callable[[Encoded], list[VisualTokens]],
+    vision: Callable[[Any, Grid], Vision],
+    blocks: tuple[str, ...] | None = None,
+) -> Source:
+    """Videos that go through `get_video_features`, which gives one tensor for all of them."""
+    return Source(
+        layout=layout,
+        token="video_token_id",
+        pixels="pixel_values_videos",
+        encode="get_video_features",
+        container="tensor",
+        vision=vision,
+        blocks=blocks,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -13,13 +13,13 @@ are causal, unlike a fresh run over the whole conversation, as they are unpatche
 
 from __future__ import annotations
 
+import dataclasses
 from math import isqrt
 from typing import Any
 
-from vlmfast.families.base import Encoded, Family, Source, merged_raster
-from vlmfast.families.clip import patch_maps, tower_flops
+from vlmfast.families.base import Family, Source
+from vlmfast.families.clip import BLOCKS, merged_views, tower_flops
 from vlmfast.towers import Grid, Tower, Vision
-from vlmfast.visual import VisualTokens
 
 
 def _siglip(config: Any, merge: int) -> Tower:
@@ -87,44 +87,19 @@ def _paligemma_vision(config: Any, grid: Grid) -> Vision:
     return _siglip_cost(config, grid, grid[0] * grid[1] * grid[2], config.vision_config.projection_dim)
 
 
-def _layout(encoded: Encoded) -> list[VisualTokens]:
-    pixels, merge, patch = encoded.inputs["pixel_values"], encoded.tower.merge, encoded.config.vision_config.patch_size
-    h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    maps = patch_maps(encoded)
-    return [
-        VisualTokens(
-            features=image,
-            grid=(1, h // merge, w // merge),
-            queries=h * w,
-            pixels=pixels[i],
-            statistics={score: merged_raster(values[i], (h, w), merge) for score, values in maps.items()},
-            patches=(1, h, w),
-        )
-        for i, image in enumerate(encoded.output.pooler_output)
-    ]
-
-
 GEMMA3 = Family(
     name="gemma3",
-    blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
+    blocks=BLOCKS,
     attention="self_attn",
     positions="compact",
     mrope=False,
     tower=_gemma3_tower,
     vision=_gemma3_vision,
-    sources={"image": Source(layout=_layout, container="tensor")},
+    sources={"image": Source(layout=merged_views, container="tensor")},
 )
 
-PALIGEMMA = Family(
-    name="paligemma",
-    blocks=("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers"),
-    attention="self_attn",
-    positions="compact",
-    mrope=False,
-    tower=_paligemma_tower,
-    vision=_paligemma_vision,
-    sources={"image": Source(layout=_layout, container="tensor")},
-    first_position=1,
+PALIGEMMA = dataclasses.replace(
+    GEMMA3, name="paligemma", tower=_paligemma_tower, vision=_paligemma_vision, first_position=1
 )
 
 FAMILIES = (GEMMA3, PALIGEMMA)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from vlmfast.families.base import Encoded, Family, Source, merged_raster
-from vlmfast.towers import Grid, Picture, Tower, Vision, vit_flops
+from vlmfast.families.clip import tower_flops
+from vlmfast.towers import Grid, Picture, Tower, Vision
 from vlmfast.visual import View, VisualTokens
 
 
@@ -47,14 +48,7 @@ def _vision(config: Any, grid: Grid) -> Vision:
     tokens = tiles * (h // merge) * (w // merge)
     spans = ((h * w,) * tiles,) * tower.num_hidden_layers
     return Vision(
-        tower=vit_flops(
-            patches=tiles * h * w,
-            patch_values=tower.num_channels * tower.patch_size**2,
-            width=d,
-            ff=tower.intermediate_size,
-            matrices=2,
-            spans=spans,
-        ),
+        tower=tower_flops(tower, tiles, h * w, spans),
         projector=2 * tokens * d * merge**2 * config.text_config.hidden_size,
         tokens=tokens,
         width=d,

@@ -7,13 +7,11 @@ row; nothing in the model's inputs says which tiles belong together. So every ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from vlmfast.families.base import Encoded, Family, Source, feature_block, merged_raster
-from vlmfast.families.clip import patch_maps
-from vlmfast.towers import Grid, Tower, Vision, vit_flops
-from vlmfast.visual import VisualTokens
+from vlmfast.families.base import Family, Source, feature_block
+from vlmfast.families.clip import merged_views
+from vlmfast.towers import Grid, Tower, Vision, pair, vit_flops
 
 
 def _merge(config: Any) -> int:
@@ -49,7 +47,7 @@ def _vision(config: Any, grid: Grid) -> Vision:
     if h != w or h % merge:
         raise ValueError(f"tiles of internvl are squares whose side is a multiple of {merge}, got {tuple(grid)}")
     d, n, out = tower.hidden_size, h * w + 1, config.text_config.hidden_size
-    patch_h, patch_w = _pair(tower.patch_size)
+    patch_h, patch_w = pair(tower.patch_size)
     tokens = tiles * (h // merge) * (w // merge)
     spans = ((n,) * tiles,) * tower.num_hidden_layers
     return Vision(
@@ -68,29 +66,6 @@ def _vision(config: Any, grid: Grid) -> Vision:
     )
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a size that may be one number."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _layout(encoded: Encoded) -> list[VisualTokens]:
-    pixels, merge = encoded.inputs["pixel_values"], encoded.tower.merge
-    patch_h, patch_w = _pair(encoded.config.vision_config.patch_size)
-    h, w = pixels.shape[-2] // patch_h, pixels.shape[-1] // patch_w
-    maps = patch_maps(encoded)
-    return [
-        VisualTokens(
-            features=tile,
-            grid=(1, h // merge, w // merge),
-            queries=h * w + 1,
-            pixels=pixels[i],
-            statistics={score: merged_raster(values[i], (h, w), merge) for score, values in maps.items()},
-            patches=(1, h, w),
-        )
-        for i, tile in enumerate(encoded.output.pooler_output)
-    ]
-
-
 INTERNVL = Family(
     name="internvl",
     blocks=("vision_tower.encoder.layer",),
@@ -99,7 +74,7 @@ INTERNVL = Family(
     mrope=False,
     tower=_tower,
     vision=_vision,
-    sources={"image": Source(layout=_layout, container="tensor")},
+    sources={"image": Source(layout=merged_views, container="tensor")},
     cls=True,
 )
 

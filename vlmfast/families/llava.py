@@ -7,12 +7,13 @@ nothing is dropped and goes as soon as tokens are dropped, which is also what Fa
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from vlmfast.families.base import Encoded, Family, Source
-from vlmfast.families.clip import cls_stays, has_cls, patch_maps, vit_tower, vit_vision
+from vlmfast.families.clip import BLOCKS, cls_stays, has_cls, patch_maps, videos, vit_tower, vit_vision
 from vlmfast.towers import Grid, Picture, Vision
 from vlmfast.visual import VisualTokens, frames
 
@@ -68,8 +69,6 @@ def _nominal(config: Any, modality: str) -> Picture:
     return Picture(patches=patches, tokens=t * side**2, span=t * (side**2 + cls), frames=t, video=video)
 
 
-BLOCKS = ("vision_tower.encoder.layers", "vision_tower.vision_model.encoder.layers")
-
 LLAVA = Family(
     name="llava",
     blocks=BLOCKS,
@@ -83,18 +82,7 @@ LLAVA = Family(
     cls=True,
 )
 
-VIPLLAVA = Family(
-    name="vipllava",
-    blocks=BLOCKS,
-    attention="self_attn",
-    positions="compact",
-    mrope=False,
-    tower=vit_tower,
-    vision=vit_vision,
-    sources={"image": Source(layout=_images, container="tensor")},
-    projector="multi_modal_projector",
-    cls=True,
-)
+VIPLLAVA = dataclasses.replace(LLAVA, name="vipllava", sources={"image": Source(layout=_images, container="tensor")})
 
 VIDEO_LLAVA = Family(
     name="video_llava",
@@ -106,14 +94,8 @@ VIDEO_LLAVA = Family(
     vision=vit_vision,
     sources={
         "image": Source(layout=_images, container="tensor", aliases=("pixel_values_images",)),
-        "video": Source(
-            layout=_videos,
-            token="video_token_id",
-            pixels="pixel_values_videos",
-            encode="get_video_features",
-            container="tensor",
-            blocks=("video_tower.encoder.layers", "video_tower.vision_model.encoder.layers"),
-            vision=_video_vision,
+        "video": videos(
+            _videos, _video_vision, ("video_tower.encoder.layers", "video_tower.vision_model.encoder.layers")
         ),
     },
     projector="multi_modal_projector",

@@ -24,9 +24,10 @@ from vlmfast.adapters.pruning.fastervlm import FasterVLM
 from vlmfast.adapters.pruning.hiprune import HiPrune, hierarchical
 from vlmfast.attention import column_mean
 from vlmfast.families import window_to_raster
-from vlmfast.visual import VisualTokens, canvas_order, window_order
+from vlmfast.visual import VisualTokens, window_order
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts are no package
+import canvas  # noqa: E402
 import parity_layers  # noqa: E402
 import parity_scores  # noqa: E402
 import parity_selection  # noqa: E402
@@ -116,7 +117,7 @@ def _visual(grid: tuple[int, int], queries: int, **scores: Tensor) -> VisualToke
 def _sequence(hyper: dict[str, Any], kept: Tensor, array: Arrays) -> Checks:
     """Order of the kept tokens of all views in the prompt; kept: [views, budget]."""
     size = tuple(hyper["image_size_wh"]) if "image_size_wh" in hyper else None
-    view, token = canvas_order(tuple(hyper["crops_wh"]), hyper["grid"][0], size)
+    view, token = canvas.canvas_order(tuple(hyper["crops_wh"]), hyper["grid"][0], size)
     mask = torch.zeros(len(kept), hyper["grid"][0] ** 2, dtype=torch.bool).scatter_(1, kept, True)
     stays = (token < 0) | mask[view, token]
     yield "seq_view", view[stays], array("out_{}_seq_view")

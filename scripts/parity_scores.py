@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from canvas import canvas_order
 from torch import Tensor
 
 from vlmfast.adapters.pruning.fopru import FoPru, significance
@@ -15,7 +16,7 @@ from vlmfast.adapters.pruning.textmonkey import TextMonkey, later_similarity
 from vlmfast.adapters.pruning.vtc_cls import VtcCls, ensemble
 from vlmfast.attention import statistic
 from vlmfast.families import Tower
-from vlmfast.visual import Score, View, VisualTokens, canvas_order, top
+from vlmfast.visual import Score, View, VisualTokens, top
 
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]

@@ -7,13 +7,14 @@ import random as python_random
 
 import pytest
 import torch
+from canvas import canvas_order
 
 from vlmfast.adapters.pruning.fastervlm import FasterVLM
 from vlmfast.adapters.pruning.grid import Grid, even_grid
 from vlmfast.adapters.pruning.hiprune import HiPrune, hierarchical, neighbours
 from vlmfast.adapters.pruning.random import Random
 from vlmfast.encoding import encode_images
-from vlmfast.visual import VisualTokens, budget, canvas_order, top, window_order
+from vlmfast.visual import VisualTokens, budget, top, window_order
 
 
 def visual(rows, columns, queries=None, seed=0, **scores):

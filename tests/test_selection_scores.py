@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from canvas import canvas_order
 from conftest import build, shared
 
 import vlmfast
@@ -19,7 +20,7 @@ from vlmfast.adapters.pruning.slime import Slime, nucleus, text_similarity
 from vlmfast.adapters.pruning.textmonkey import TextMonkey, later_similarity
 from vlmfast.adapters.pruning.vtc_cls import VtcCls, ensemble, parse_layers
 from vlmfast.families import FAMILIES, Tower, family_of
-from vlmfast.visual import View, VisualTokens, apportion, budget, canvas_order
+from vlmfast.visual import View, VisualTokens, apportion, budget
 
 CLIP = Tower(depth=24, heads=1, feature_layer=22, full_layers=tuple(range(24)), has_cls=True)
 SIGLIP = Tower(depth=27, heads=1, feature_layer=26, full_layers=tuple(range(27)), has_cls=False)

@@ -17,23 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any, Protocol
+from typing import Any
 
 from vlmfast.towers import Tower, Vision
 
 CHUNK = 64  # tokens in a chunk of the delta rule
-
-
-class Mixer(Protocol):
-    """What mixes tokens in a layer."""
-
-    def flops(self, width: int, queries: float, keys: float) -> Any:
-        """X2 of `queries` new tokens on `keys` tokens, themselves included. width: of the hidden states."""
-        ...
-
-    def cached(self, tokens: float, itemsize: int) -> Any:
-        """Bytes kept of `tokens` tokens, in numbers of `itemsize` bytes."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,21 +18,16 @@ from vlmfast.visual import Choice, Score, View, VisualTokens, apportion, budget,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(Adapter):
-    """Keep some of an image's visual tokens.
+class Budgeted(Adapter):
+    """What all methods share that drop visual tokens, before the language model or inside it.
 
-    keep: a float in (0, 1] is the share of each image's visual tokens, an int their number per image, all its views
-    together. positions: "original" keeps the position ids of kept tokens, "compact" renumbers without gaps; None: what
-    the official codes do for the model family.
-
-    A method implements `select`, and `wanted` when it needs statistics of the vision tower. `modalities`: what it
-    prunes; a method for videos alone leaves images, and videos of a single frame, whole.
+    keep: a float in (0, 1] is the share of a picture's visual tokens, an int their number per picture. positions:
+    "original" keeps the position ids of kept tokens, "compact" renumbers without gaps; None: what the official code
+    does. `modalities`: what the method prunes. `parity`, where a method has it, is "repaired" or "official".
     """
 
     kind: ClassVar[str] = "pruning"
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
-    uses_text: ClassVar[bool] = False
-    keeps_newlines: ClassVar[bool] = False
     keep: float | int = 0.5
     positions: Positions | None = None
 
@@ -40,6 +35,9 @@ class Pruner(Adapter):
         check_keep(self.keep)
         if self.positions not in (None, "original", "compact"):
             raise ValueError(f"positions={self.positions!r}: choose 'original' or 'compact'")
+        parity = getattr(self, "parity", "repaired")
+        if parity not in ("repaired", "official"):
+            raise ValueError(f"parity={parity!r}: choose 'repaired' or 'official'")
 
     @classmethod
     def unsupported(cls, family: Family) -> str | None:
@@ -47,6 +45,20 @@ class Pruner(Adapter):
         if any(modality in family.sources for modality in cls.modalities):
             return None
         return f"it prunes {' and '.join(cls.modalities)}s, the family takes {' and '.join(family.sources)}s"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(Budgeted):
+    """Keep some of a picture's visual tokens, before the language model.
+
+    keep: of all its views together. positions: None is what the official codes do for the model family.
+
+    A method implements `select`, and `wanted` when it needs statistics of the vision tower. A method for videos alone
+    leaves images, and videos of a single frame, whole.
+    """
+
+    uses_text: ClassVar[bool] = False
+    keeps_newlines: ClassVar[bool] = False
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """Statistics of the vision tower the method needs, under its own names. Raises where it cannot work."""

@@ -107,8 +107,6 @@ class CDPruner(Pruner):
         super().__post_init__()
         if not isinstance(self.negate, bool):
             raise TypeError(f"negate={self.negate!r}: True or False")
-        if self.parity not in ("repaired", "official"):
-            raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
 
     def notes(self, tower: Tower) -> tuple[str, ...]:
         """Say what the relevance is made of, and that the official form may fall short."""

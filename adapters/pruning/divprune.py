@@ -90,11 +90,6 @@ class DivPrune(Pruner):
     paper = "arXiv:2503.02175"
     parity: Literal["repaired", "official"] = "repaired"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.parity not in ("repaired", "official"):
-            raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
-
     def notes(self, tower: Tower) -> tuple[str, ...]:
         """Say that the official form may fall short."""
         if self.parity == "repaired":

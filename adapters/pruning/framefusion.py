@@ -37,7 +37,6 @@ from torch import Tensor
 
 from vlmfast.adapters.pruning.layered import LayerPruner
 from vlmfast.decoders import Attention, Sizes
-from vlmfast.families import Family
 from vlmfast.layers.door import LayersDoor
 from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.patching import ImageReport, Patch
@@ -104,13 +103,6 @@ class FrameFusion(LayerPruner):
             raise ValueError(f"first={self.first!r}: a decoder layer, 1 or more (0-based)")
         if self.cost is not None and not 0 < self.cost <= 1:
             raise ValueError(f"cost={self.cost!r}: a share in (0, 1], or leave it out for `keep`")
-
-    @classmethod
-    def unsupported(cls, family: Family) -> str | None:
-        """There must be videos."""
-        if "video" not in family.sources:
-            return f"it prunes videos, the family takes {' and '.join(family.sources)}s"
-        return super().unsupported(family)
 
     def layers(self, depth: int) -> tuple[int, ...]:
         """From `first` on: when merging is over, only the tokens can tell."""

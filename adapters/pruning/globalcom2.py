@@ -142,8 +142,6 @@ class GlobalCom2(ClsPruner):
         super().__post_init__()
         if not 0 < self.tau < float("inf"):
             raise ValueError(f"tau={self.tau!r}: a positive number")
-        if self.parity not in ("repaired", "official"):
-            raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
         if self.parity == "official" and self.positions == "original":
             raise ValueError("parity='official' changes the order of tokens: original positions have no meaning there")
 

@@ -94,8 +94,6 @@ class HiPrune(Pruner):
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha!r}: a share in [0, 1]")
-        if self.parity not in ("repaired", "official"):
-            raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """Attention received in the object layer and in the deep layer."""

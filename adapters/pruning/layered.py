@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.adapter import Adapter
+from vlmfast.adapters.pruning.base import Budgeted
 from vlmfast.decoders import Sizes
 from vlmfast.families import Family, Positions
 from vlmfast.layers.door import LayersDoor
 from vlmfast.layers.tokens import Cut, LayerScore, LayerTokens
 from vlmfast.patching import Patch
 from vlmfast.towers import Picture
-from vlmfast.visual import budget, check_keep
+from vlmfast.visual import budget
 
 
 def numbers(text: str | int, name: str) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ def scaled(layers: Sequence[int], of: int, depth: int) -> dict[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerPruner(Adapter):
+class LayerPruner(Budgeted):
     """Drop visual tokens between decoder layers.
 
     keep: what is left of a picture after the last cut; a float in (0, 1] is the share of the visual tokens that reach
@@ -49,17 +49,8 @@ class LayerPruner(Adapter):
     A method implements `layers`, `left`, `asks` and `cut` (see `vlmfast.layers.tokens.LayerSelector`).
     """
 
-    kind: ClassVar[str] = "pruning"
     inside: ClassVar[bool] = True
-    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     authors: ClassVar[Positions] = "original"
-    keep: float | int = 0.5
-    positions: Positions | None = None
-
-    def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if self.positions not in (None, "original", "compact"):
-            raise ValueError(f"positions={self.positions!r}: choose 'original' or 'compact'")
 
     @property
     def fixed(self) -> bool:
@@ -170,7 +161,9 @@ class StagedPruner(LayerPruner):
     @classmethod
     def unsupported(cls, family: Family) -> str | None:
         """Every stage needs a layer with attention."""
-        return "most of its decoder layers have no attention that could score" if family.hybrid else None
+        if family.hybrid:
+            return "most of its decoder layers have no attention that could score"
+        return super().unsupported(family)
 
     @property
     def fixed(self) -> bool:

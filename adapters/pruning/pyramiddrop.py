@@ -41,11 +41,6 @@ class PyramidDrop(StagedPruner):
     keep: float | int = 0.125
     parity: Literal["repaired", "official"] = "repaired"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.parity not in ("repaired", "official"):
-            raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
-
     def left(self, layer: int, total: int, depth: int) -> int:
         """lambda^stage of the tokens; the last stage leaves `keep` exactly."""
         part, last = (self.stage(layer, depth) + 1) / self.count, budget(self.keep, total)

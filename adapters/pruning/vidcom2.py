@@ -84,11 +84,6 @@ class VidCom2(Pruner):
     keep: float | int = 0.25
     parity: Literal["repaired", "official"] = "repaired"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.parity not in ("repaired", "official"):
-            raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
-
     @property
     def keeps_newlines(self) -> bool:  # type: ignore[override]
         """The official code puts all newlines around what it keeps."""

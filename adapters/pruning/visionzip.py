@@ -122,8 +122,6 @@ class VisionZip(ClsPruner):
             raise TypeError(f"contextual={self.contextual!r}: {explain}")
         if not self.contextual >= 0 or (isinstance(self.contextual, float) and self.contextual > 1):
             raise ValueError(f"contextual={self.contextual!r}: {explain}")
-        if self.parity not in ("repaired", "official"):
-            raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
 
     def check(self, family: Family) -> None:
         """The official form needs a CLS token and a projector that works token by token."""

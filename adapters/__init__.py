@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmfast.adapter import Adapter
+from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
 from vlmfast.adapters.pruning.divprune import DivPrune
@@ -63,6 +64,7 @@ __all__ = [
     "VisPruner",
     "VisionZip",
     "VtcCls",
+    "ZeroTuning",
     "from_spec",
     "resolve",
     "solve_flops",
@@ -93,6 +95,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "visionzip": VisionZip,
     "vispruner": VisPruner,
     "vtc_cls": VtcCls,
+    "zerotuning": ZeroTuning,
 }
 
 # What `vlmfast.patch(model)` does, by family.

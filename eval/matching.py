@@ -74,6 +74,9 @@ def expand_flops(
     for spec, by_name in specs.items():
         adapters = from_spec(spec)
         if not any(leaves_keep_open(part) for part in spec.split("+")):
+            if not by_name:
+                notes.append(f"no run of {spec}: it drops no tokens, so that no share can be reached")
+                continue
             runs.append(to_spec(adapters))
             continue
         for share in shares:

@@ -157,7 +157,7 @@ def equal(ours: Tensor, theirs: Tensor) -> bool:
     if ours.shape != theirs.shape:
         return False
     if theirs.is_floating_point():
-        return torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        return torch.allclose(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
     return torch.equal(ours.long(), theirs.long())
 
 

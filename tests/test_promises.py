@@ -1,4 +1,4 @@
-"""What every method promises on every family.
+"""What every pruning method promises on every family (those that edit attention: tests/test_promises_attention.py).
 
 The matrix comes from `vlmfast.adapters.support`, the table that `vlmfast list families` prints. The fast suite runs
 the short form of every pair, every promise for one method of each door on every family, and what depends on the method
@@ -40,8 +40,9 @@ CORE = ("llava", "qwen2_5_vl")
 VIDEO_ONLY = {name for name, cls in ADAPTERS.items() if "image" not in getattr(cls, "modalities", ("image",))}
 # Methods whose kept places hold new features, so that a prompt cut by hand is not the same.
 MERGING = {"sparsevlm", "visionzip"}
-PAIRS = [(name, family) for name in ADAPTERS for family in TINY if support(name, family).reason is None]
-REFUSED = [(name, family) for name in ADAPTERS for family in TINY if support(name, family).reason is not None]
+PRUNERS = [name for name, cls in ADAPTERS.items() if cls.drops]
+PAIRS = [(name, family) for name in PRUNERS for family in TINY if support(name, family).reason is None]
+REFUSED = [(name, family) for name in PRUNERS for family in TINY if support(name, family).reason is not None]
 BEFORE_LM = {name for name, cls in ADAPTERS.items() if issubclass(cls, Pruner)}
 
 
@@ -411,7 +412,7 @@ def test_dropping_equals_masking(vlm, name):
     torch.testing.assert_close(pruned, full[stays], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", PRUNERS)
 def test_specs_round_trip(name):
     for text in (name, spec(name, "llava", keep=3), spec(name, "llava", keep=0.125, positions="original")):
         with warnings.catch_warnings():

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vlmfast
 from vlmfast import solving
-from vlmfast.adapter import Adapter
+from vlmfast.adapter import LAYERS, Adapter
 from vlmfast.adapters import ADAPTERS, FasterVLM, Random, from_spec, support
 from vlmfast.cost import NOMINAL_GRID, prompt_cost
 from vlmfast.families import FAMILIES
@@ -33,7 +33,8 @@ def shown(name: str) -> str:
     return "a" if "image" in getattr(ADAPTERS[name], "modalities", ("image",)) else "A"
 
 
-PAIRS = [(name, family) for name in ADAPTERS for family in CORE if support(name, family).reason is None]
+PRUNERS = [name for name, cls in ADAPTERS.items() if cls.drops]
+PAIRS = [(name, family) for name in PRUNERS for family in CORE if support(name, family).reason is None]
 
 
 def picture_of(vlm: Any, letter: str) -> Picture:
@@ -181,7 +182,7 @@ class Halves(Adapter):
     """A method between decoder layers: everything up to layer 1, then half of what was there, one row of layer 1."""
 
     name = "halves"
-    inside = True
+    door, drops = LAYERS, True
 
     def visual_per_layer(self, picture: Picture, depth: int) -> list[int]:
         return [picture.span] + [picture.span // 2] * (depth - 1)

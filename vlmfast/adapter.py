@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from vlmfast.towers import Picture
 
 
+# The doors into a model, in the order of effect: before the language model, between its layers, in their attention.
+INPUTS, LAYERS, ATTENTION = range(3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """One method with its settings: frozen, so that no state of one prompt can leak into the next.
@@ -30,7 +34,8 @@ class Adapter:
     kind: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    inside: ClassVar[bool] = False  # works between decoder layers, after every method that works before them
+    door: ClassVar[int] = INPUTS  # methods take effect in this order
+    drops: ClassVar[bool] = False  # may drop visual tokens
     foreseeable: ClassVar[bool] = True  # what stays of a picture depends on its size alone
 
     @classmethod
@@ -58,8 +63,8 @@ class Adapter:
         """What each of `depth` decoder layers holds of a picture that reaches the method in this size.
 
         For the cost model alone, so that `flops=` can be solved: whole tokens, exactly what the method would do, newly
-        made tokens included. A method that works between decoder layers (`inside`) is given what those before the
-        language model leave (`picture.span` tokens).
+        made tokens included. A method that works between decoder layers is given what those before the language model
+        leave (`picture.span` tokens).
         """
         return [picture.span] * depth
 

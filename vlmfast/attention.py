@@ -1,4 +1,4 @@
-"""Door 3: statistics of an attention layer without its map.
+"""Door 3: statistics of an attention layer without its map (and the way in for edits, see vlmfast.edits).
 
 A chosen attention module gets its own shallow copy of the config, whose implementation name is ours. The function
 behind that name calls the implementation the model itself uses (sdpa, flash, eager, ...) for the output, unchanged,
@@ -9,6 +9,7 @@ blocks of rows, so that no tensor of the size of the map ever exists.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ PREFIX = "vlmfast|"
 # one; elsewhere few large launches are faster than many small ones.
 ENTRIES_CPU, ENTRIES = 2**18, 2**24
 KEYWORD = "vlmfast_taps"
+EDIT = "vlmfast_edit"  # keyword of an attention call: the `vlmfast.edits.door.Turn` of a method that edits it
 
 _users: Counter[str] = Counter()  # how many open patches use a registered name; the last one removes it
 
@@ -214,15 +216,22 @@ def tapped_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention, output unchanged, plus the statistics its `Taps` want."""
-    taps = taps_of(kwargs)
+    """The model's own attention, plus the statistics its `Taps` want, or edited by the method whose turn it is."""
+    taps, turn = taps_of(kwargs), kwargs.pop(EDIT, None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if taps is not None:
         taps.observe(module, query, key, attention_mask, scale, kwargs)
     own = module.config.vlmfast_original._attn_implementation
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
-    return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    run = functools.partial(
+        attend, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    if turn is None:
+        return run()
+    if dropout:
+        raise NotImplementedError("edited attention with attention dropout: set the config's attention_dropout to 0")
+    return turn.attend(module, query, key, value, attention_mask, scale, lambda: run()[0], kwargs), None
 
 
 def tap(patch: Patch, modules: Sequence[Any]) -> None:

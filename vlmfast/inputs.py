@@ -23,13 +23,13 @@ from transformers import Cache
 
 from vlmfast.conversation import STATE, CacheState, state_of
 from vlmfast.encoding import IMAGES, PictureEncoder, Selector, renamed
-from vlmfast.families import Family, Positions
+from vlmfast.families import Family, Positions, Tower
 from vlmfast.generating import DONE, MISSING_TYPES, Generate, PrepareInputs
 from vlmfast.layers.cache import layer_state
 from vlmfast.layers.tokens import PROMPT, Placed, Prompt
 from vlmfast.patching import HANDLE, ImageReport, Patch, PromptReport, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, present, rows_of_images
-from vlmfast.visual import Choice, VisualTokens
+from vlmfast.visual import Choice, Score, VisualTokens
 
 KEPT = "vlmfast_kept"  # on an encoder output: what each selector keeps, so that it is chosen once
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -47,6 +47,22 @@ class _Row:
     layers: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True)
+class Everything:
+    """Selector of the inputs door that drops nothing: it only tells where the pictures stand."""
+
+    uses_text: bool = False
+    keeps_newlines: bool = True
+
+    def wanted(self, tower: Tower) -> dict[str, Score]:
+        """No statistics."""
+        return {}
+
+    def choose(self, visual: VisualTokens) -> Choice:
+        """All tokens."""
+        return Choice(torch.arange(len(visual), device=visual.features.device))
+
+
 class Door:
     """Rewrites the inputs of one patched model for one selector."""
 
@@ -62,7 +78,7 @@ class Door:
         self.names = list(inspect.signature(patch.model.forward).parameters)
         self.last: list[_Row] = []
         self.repeat = 1  # rows of the batch for each of them: beams, return sequences
-        self.tells = False  # whether the layers door wants to know of every prompt
+        self.tells = False  # whether another door wants to know of every prompt
         for name, source in self.family.sources.items():
             encoder = PictureEncoder(patch, name, list(dict.fromkeys(self.wanted.values())))
             patch.set(patch.base, source.encode, encoder)
@@ -71,6 +87,14 @@ class Door:
         patch.hook(patch.model, self.before_forward, before=True)
         patch.hook(patch.model, self.after_forward)
         patch.model.__dict__[HANDLE].reporters.append(self)
+
+    @classmethod
+    def telling(cls, patch: Patch) -> Door:
+        """The patch's door, one that drops nothing if no method came with one, telling where the pictures stand."""
+        doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, cls)]
+        door = doors[0] if doors else cls(patch, Everything(), None)
+        door.tells = True
+        return door
 
     # --- direct calls -----------------------------------------------------------------------------------------
 

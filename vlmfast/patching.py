@@ -81,10 +81,12 @@ class Patch:
         self.undo(_Attribute(target, name, target.__dict__.get(name, _Missing)))
         target.__dict__[name] = value
 
-    def hook(self, module: nn.Module, function: Callable[..., Any], *, before: bool = False) -> None:
-        """Add a forward hook that sees keyword arguments; `before`: a pre-hook that runs first."""
+    def hook(
+        self, module: nn.Module, function: Callable[..., Any], *, before: bool = False, first: bool = True
+    ) -> None:
+        """Add a forward hook that sees keyword arguments; `before`: a pre-hook, that runs `first` or last."""
         if before:
-            handle = module.register_forward_pre_hook(function, prepend=True, with_kwargs=True)
+            handle = module.register_forward_pre_hook(function, prepend=first, with_kwargs=True)
         else:
             handle = module.register_forward_hook(function, with_kwargs=True)
         self.undo(_Hook(handle))
@@ -133,6 +135,7 @@ class Report:
 
     prompts: one entry a prompt. share: prefill FLOPs of these prompts, tower and selection included, over the
     unpatched ones (convention X2 of vlmfast.cost), None before the first prompt. notes: what a user should know.
+    prunes: whether a method may drop visual tokens; pictures and prompts are only told of then.
 
     The methods' doors fill in prompts and notes one after the other, those before the language model first; the handle
     computes the share.
@@ -142,6 +145,7 @@ class Report:
     prompts: tuple[PromptReport, ...] = ()
     share: float | None = None
     notes: tuple[str, ...] = ()
+    prunes: bool = False
 
     @property
     def images(self) -> tuple[ImageReport, ...]:
@@ -165,7 +169,7 @@ class Report:
 
     def __str__(self) -> str:
         if not self.images:
-            return "\n".join([f"{self.spec}: no picture seen yet", *self.notes])
+            return "\n".join([f"{self.spec}: no picture seen yet" if self.prunes else self.spec, *self.notes])
         before, after = sum(i.n for i in self.images), sum(i.kept for i in self.images)
         kinds = ["video" if any(view.kind == "frame" for view in one.views) else "image" for one in self.images]
         counts = " and ".join(f"{kinds.count(kind)} {kind}(s)" for kind in dict.fromkeys(kinds))
@@ -194,7 +198,7 @@ class Handle:
 
     def report(self) -> Report:
         """What the methods did to the last batch of prompts."""
-        report = Report(self.spec)
+        report = Report(self.spec, prunes=any(adapter.drops for adapter in self.adapters))
         for reporter in self.reporters:
             report = reporter.report(report)
         if not report.prompts:
@@ -261,7 +265,7 @@ def install(model: Any, adapters: tuple[Adapter, ...], spec: str) -> Handle:
     try:
         patch.set(target, HANDLE, handle)
         patch.set(target, "save_pretrained", SaveSpec(target, spec))
-        for adapter in sorted(adapters, key=lambda adapter: adapter.inside):  # in the order of effect
+        for adapter in sorted(adapters, key=lambda adapter: adapter.door):  # in the order of effect
             adapter.check(patch.family)
             adapter.attach(patch)
     except BaseException:

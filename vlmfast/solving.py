@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vlmfast.adapter import Adapter
+from vlmfast.adapter import INPUTS, Adapter
 from vlmfast.cost import Cost, nominal_grid, prompt_cost, vision, visual_tokens
 from vlmfast.decoders import Sizes, decoder
 from vlmfast.families import family_of
@@ -57,13 +57,16 @@ def apply(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int)
         projects=family.projector is not None,
     )
     layers, own = [picture.span] * depth, 0
-    for adapter in sorted(adapters, key=lambda adapter: adapter.inside):
+    for adapter in sorted(adapters, key=lambda adapter: adapter.door):
+        if not adapter.drops:
+            own += adapter.selection_flops(picture, text, sizes)
+            continue
         layers = list(adapter.visual_per_layer(picture, depth))
         if len(layers) != depth:
             raise ValueError(f"{adapter.name} tells of {len(layers)} layers, the decoder has {depth}")
         if any(held != picture.span for held in layers):
             own += adapter.selection_flops(picture, text, sizes)
-        if not adapter.inside:
+        if adapter.door == INPUTS:
             picture = dataclasses.replace(picture, tokens=layers[0], span=layers[0])
     return layers, own
 

@@ -27,6 +27,7 @@ class Budgeted(Adapter):
     """
 
     kind: ClassVar[str] = "pruning"
+    drops: ClassVar[bool] = True
     modalities: ClassVar[tuple[str, ...]] = ("image", "video")
     keep: float | int = 0.5
     positions: Positions | None = None

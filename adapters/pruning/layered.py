@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vlmfast.adapter import LAYERS
 from vlmfast.adapters.pruning.base import Budgeted
 from vlmfast.decoders import Sizes
 from vlmfast.families import Family, Positions
@@ -49,7 +50,7 @@ class LayerPruner(Budgeted):
     A method implements `layers`, `left`, `asks` and `cut` (see `vlmfast.layers.tokens.LayerSelector`).
     """
 
-    inside: ClassVar[bool] = True
+    door: ClassVar[int] = LAYERS
     authors: ClassVar[Positions] = "original"
 
     @property

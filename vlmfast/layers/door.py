@@ -21,7 +21,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from vlmfast.attention import KEYWORD, Taps, tap
@@ -33,28 +32,10 @@ from vlmfast.layers.prefill import Prefill
 from vlmfast.layers.scores import plain, rotates
 from vlmfast.layers.tokens import PROMPT, LayerSelector, Prompt
 from vlmfast.patching import HANDLE, Patch, Report
-from vlmfast.towers import Tower
-from vlmfast.visual import Choice, Score, VisualTokens
 
 PASS = "vlmfast_pass"  # keyword of the decoder layers: what happens to the tokens of this forward
 IMPLEMENTATIONS = ("sdpa", "eager", "flash")
 NOBODY = Taps({}, closed=True)  # observes nothing
-
-
-@dataclass(frozen=True)
-class Everything:
-    """Selector of the inputs door that drops nothing: it only tells where the pictures stand."""
-
-    uses_text: bool = False
-    keeps_newlines: bool = True
-
-    def wanted(self, tower: Tower) -> dict[str, Score]:
-        """No statistics."""
-        return {}
-
-    def choose(self, visual: VisualTokens) -> Choice:
-        """All tokens."""
-        return Choice(torch.arange(len(visual), device=visual.features.device))
 
 
 class LayersDoor:
@@ -73,11 +54,9 @@ class LayersDoor:
         if not selector.fixed:  # early cuts of a schedule by depth are left out where features are still added
             self.cuts = tuple(cut for cut in self.cuts if cut >= self.stacked) or (self.stacked,)
         self.linear = self._check(decoder)
-        doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, Door)]
-        inputs = doors[0] if doors else Door(patch, Everything(), None)
-        if inputs.tells:
+        if any(isinstance(one, LayersDoor) for one in patch.model.__dict__[HANDLE].reporters):
             raise NotImplementedError("two methods that drop tokens between decoder layers cannot be combined")
-        inputs.tells = True
+        Door.telling(patch)
         patch.model.__dict__[HANDLE].reporters.append(self)
         self.types = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
         scored = [cut - 1 for cut in self.cuts if any(not score.own for score in selector.asks(cut).values())]

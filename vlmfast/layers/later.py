@@ -62,3 +62,13 @@ class Later:
             if kwargs.get("position_ids") is not None and positions.ndim == 2:
                 kwargs["position_ids"] = positions
         return hidden, kwargs
+
+    def columns(self, number: int) -> Tensor | None:
+        """Which of the first layer's columns a layer's keys stand for, -1 for padding; None: the same. [B, K]"""
+        stage = self.state.stage(number)
+        if stage is None:
+            return None
+        length, offset = sizes(self.cache, self.new, number)
+        more = max(0, offset + length - stage.columns.shape[1])
+        later = (self.state.seen + torch.arange(more, device=stage.columns.device)).expand(self.rows, -1)
+        return torch.cat([stage.columns.masked_fill(~stage.live, -1), later], dim=1)

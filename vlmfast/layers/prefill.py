@@ -93,6 +93,13 @@ class Prefill:
             given = self.held + torch.arange(self.new, device=self.embeds.device)[None]
         return given.expand(*given.shape[:-2], self.rows, self.new)
 
+    def columns(self, number: int) -> Tensor | None:
+        """Which of the first layer's columns a layer's keys stand for, -1 for padding; None: the same. [B, K]"""
+        if not self.stages:
+            return None
+        before = torch.arange(self.held, device=self.index.device).expand(self.rows, -1)
+        return torch.cat([before, (self.held + self.index).masked_fill(~self.live, -1)], dim=1)
+
     # --- a layer ----------------------------------------------------------------------------------------------
 
     def enter(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -1,0 +1,170 @@
+"""AttentionEdit: the base of the methods that redistribute the attention of decoder layers (door 3)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmfast.adapter import ATTENTION, Adapter
+from vlmfast.decoders import Attention, Sizes
+from vlmfast.edits import Call, EditsDoor
+from vlmfast.layers.tokens import Placed
+from vlmfast.patching import Patch
+
+
+def which(text: str | int, depth: int, name: str = "layers") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Layers from a setting. -> (all of them, those named one by one), ascending
+
+    "all"; numbers from 0 on, negative ones from the end; ranges as Python slices them ("2:", "2:-1"); several joined
+    by slashes ("1/-14:"). Ranges are cut at the decoder's depth, as Python does. Raises ValueError for anything else
+    and for numbers that the decoder does not have.
+    """
+    if text == "all":
+        return tuple(range(depth)), ()
+    chosen: set[int] = set()
+    named: set[int] = set()
+    for piece in str(text).split("/"):
+        bounds = piece.split(":")
+        try:
+            numbers = [int(bound) if bound.strip() else None for bound in bounds]
+        except ValueError as error:
+            raise ValueError(
+                f"{name}={text!r}: 'all', numbers and ranges joined by slashes, such as 2: or 1/-14:"
+            ) from error
+        if len(numbers) == 1 and numbers[0] is not None:
+            if not -depth <= numbers[0] < depth:
+                raise ValueError(f"{name}={text!r}: this decoder has layers 0 to {depth - 1}")
+            named.add(numbers[0] % depth)
+        elif len(numbers) == 2:
+            chosen.update(range(depth)[slice(*numbers)])
+        else:
+            raise ValueError(f"{name}={text!r}: {piece!r} is neither a number nor a range such as 2:30")
+    return tuple(sorted(chosen | named)), tuple(sorted(named))
+
+
+def attending(model: Sizes) -> list[int]:
+    """The decoder layers that have attention."""
+    return [n for n, layer in enumerate(model.decoder.layers) if isinstance(layer.mixer, Attention)]
+
+
+@functools.cache
+def _heads_file(path: str) -> dict[int, tuple[int, ...]]:
+    """Heads by layer from a JSON file {"layer": [head, ...]}."""
+    try:
+        content = json.loads(Path(path).read_text())
+        return {int(layer): tuple(sorted({int(head) for head in heads})) for layer, heads in content.items()}
+    except (AttributeError, TypeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"heads={path!r}: neither heads joined by slashes (0/4/5) nor a JSON file "
+            f'{{"layer": [head, ...]}}: {error}'
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionEdit(Adapter):
+    """Redistribute the attention of some decoder layers, in prefill and decoding.
+
+    layers: "all", numbers (negative: from the end) and ranges as Python slices them, joined by slashes: "2:-1",
+    "1/-14:". Layers of a hybrid decoder that have no attention are left out of ranges. One method edits a layer.
+
+    A method implements `edit`, `neutral` (settings under which it changes nothing: nothing is installed then), and
+    `marks` when it needs to know more of visual tokens than that they are some.
+    """
+
+    kind: ClassVar[str] = "attention"
+    door: ClassVar[int] = ATTENTION
+    needs_visual: ClassVar[bool] = True
+    layers: str | int = "all"
+
+    def __post_init__(self) -> None:
+        which(self.layers, 10**6)  # how it is written; what it means depends on the decoder
+        parity = getattr(self, "parity", "repaired")
+        if parity not in ("repaired", "official"):
+            raise ValueError(f"parity={parity!r}: choose 'repaired' or 'official'")
+
+    @property
+    def neutral(self) -> bool:
+        """Whether these settings change nothing."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement neutral")
+
+    def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:
+        """The layers to edit, of those that attend. Raises ValueError where there are none."""
+        chosen, named = which(self.layers, depth)
+        without = [layer for layer in named if layer not in attends]
+        if without:
+            raise ValueError(f"{self.name}: layers {'/'.join(map(str, without))} have no attention to edit")
+        found = [layer for layer in chosen if layer in attends]
+        if not found:
+            raise ValueError(f"{self.name}: layers={self.layers!r} are none of this decoder's {depth}")
+        return found
+
+    def marks(self, picture: Placed) -> Mapping[str, Tensor]:
+        """What the method wants to know of each token of a picture, [n] by name: `Call.marks` hands it out."""
+        return {}
+
+    def edit(self, call: Call) -> Tensor:
+        """The attention of one call, edited. -> [B, H, Q, d]"""
+        raise NotImplementedError(f"{type(self).__name__} does not implement edit")
+
+    def attach(self, patch: Patch) -> None:
+        """Install door 3 for the method's layers. Raises ValueError for layers or heads that there are not."""
+        door = EditsDoor.of(patch)
+        layers = self.where(door.attends, door.depth)
+        self.check_decoder(patch.model.config.get_text_config(), layers)
+        if not self.neutral:
+            door.add(self)
+
+    def check_decoder(self, text: Any, layers: Sequence[int]) -> None:
+        """Raise ValueError where the settings do not fit the decoder. text: its config; layers: to be edited."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadEdit(AttentionEdit):
+    """An edit of some query heads.
+
+    heads: numbers joined by slashes ("0/4/5", in every edited layer), or the path of a JSON file {"layer": [head,
+    ...]}, of whose layers those in `layers` are edited; None: all heads.
+    """
+
+    heads: str | int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads is not None:
+            self.heads_of(0)
+
+    def heads_of(self, layer: int) -> tuple[int, ...] | None:
+        """The heads to edit in a layer, ascending; None: all."""
+        if self.heads is None:
+            return None
+        text = str(self.heads)
+        if all(piece.strip().isdigit() for piece in text.split("/")):
+            return tuple(sorted({int(piece) for piece in text.split("/")}))
+        return _heads_file(text).get(layer, ())
+
+    def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:
+        """As `AttentionEdit.where`, without the layers of which no head is to be edited."""
+        found = [layer for layer in super().where(attends, depth) if self.heads_of(layer) != ()]
+        if not found:
+            raise ValueError(f"{self.name}: heads={self.heads!r} names no head of layers={self.layers!r}")
+        return found
+
+    def check_decoder(self, text: Any, layers: Sequence[int]) -> None:
+        """Raise ValueError for heads that there are not."""
+        for layer in layers:
+            if max(self.heads_of(layer) or (0,)) >= text.num_attention_heads:
+                raise ValueError(
+                    f"{self.name}: heads={self.heads!r}: the decoder has heads 0 to {text.num_attention_heads - 1}"
+                )
+
+    def picked(self, call: Call) -> Tensor | None:
+        """The heads to edit in a call. int64 [n], None: all"""
+        heads = self.heads_of(call.layer)
+        return None if heads is None else torch.tensor(heads, device=call.query.device)

@@ -28,6 +28,7 @@ from vlmfast.visual import VisualTokens, window_order
 
 sys.path.insert(0, str(Path(__file__).parent))  # scripts are no package
 import canvas  # noqa: E402
+import parity_attention  # noqa: E402
 import parity_layers  # noqa: E402
 import parity_scores  # noqa: E402
 import parity_selection  # noqa: E402
@@ -127,6 +128,7 @@ def _sequence(hyper: dict[str, Any], kept: Tensor, array: Arrays) -> Checks:
 SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
     "fastervlm": fastervlm,
     "hiprune": hiprune,
+    **parity_attention.SETS,
     **parity_layers.SETS,
     **parity_scores.SETS,
     **parity_selection.SETS,

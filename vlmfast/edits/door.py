@@ -138,6 +138,7 @@ class EditsDoor:
         self.tokens = [int(getattr(config, source.token)) for source in patch.family.sources.values()]
         self.names = list(inspect.signature(patch.base.forward).parameters)
         self.editors: dict[int, Editor] = {}
+        self.noted: dict[str, None] = {}  # what methods had to say of the last prompts, in order
         self.until: int | None = None  # columns that the prompts of the running `generate` have, as the user counts
         reporters = patch.model.__dict__[HANDLE].reporters
         self.keeps_prompt = any(isinstance(one, LayersDoor) for one in reporters)
@@ -201,6 +202,8 @@ class EditsDoor:
             visual = torch.zeros(rows, new, dtype=torch.bool, device=like.device)
         real = real_tokens(mask, rows, held, new, like.device)
         marks = {} if prompt is None else self._marks(prompt, rows, new, like.device)
+        if not held:
+            self.noted.clear()
         before = memory or Memory(visual[:, :0], real[:, :0])
         place = torch.arange(new, device=like.device)
         last = torch.where(real.any(1), (place * real).amax(1), new - 1)
@@ -240,8 +243,7 @@ class EditsDoor:
         for editor in dict.fromkeys(self.editors.values()):
             layers = [number for number, other in self.editors.items() if other is editor]
             notes.append(f"{editor.name}: edits the attention of layers {spelled(layers)} of {self.depth}")
-            notes += getattr(editor, "remarks", lambda: ())()
-        return replace(report, notes=(*report.notes, *notes))
+        return replace(report, notes=(*report.notes, *notes, *self.noted))
 
 
 def spelled(numbers: Sequence[int]) -> str:
@@ -367,6 +369,7 @@ class Turn:
             marks={name: self._local(mark, n_key, 0.0) for name, mark in memory.marks.items()},
             memory=memory.layers.setdefault(self.number, {}),
             own=own,
+            note=lambda text: self.door.noted.setdefault(text),
         )
         return self.door.editors[self.number].edit(call).transpose(1, 2).contiguous()
 

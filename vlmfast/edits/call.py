@@ -26,8 +26,8 @@ class Call:
     prompt: whether the queries are tokens of a prompt, rather than generated ones. ends: [B, Q] queries whose output
     decides on a generated token: the last one of a prompt, and every one generated.
     memory: what the method remembers of this layer for as long as the prompts are in the cache; see `remember`.
-    offset: columns that the layer has forgotten (sliding windows) before the first key. note: adds a line to the report
-    of the running prompts, once however often it is said.
+    offset: columns that the layer has forgotten (sliding windows) before the first key. note: adds a line to the
+    report of the running prompts, once however often it is said.
     """
 
     layer: int

@@ -153,11 +153,8 @@ def rescore(
     """
     parts = []
     for rows in blocks(query, key.shape[2]):
-        mask = seen.of(rows, key.shape[2])
-        scores = attention_rows(query[:, :, rows], key, slice(None), scaling, mask, softmax=False)
-        if mask is not None and mask.dtype != torch.bool:
-            scores = scores.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
-        parts.append(weighted(_shown(edit(scores).softmax(dim=-1), mask), value))
+        scores = masked_scores(query, key, scaling, seen, rows)
+        parts.append(weighted(_shown(edit(scores).softmax(dim=-1), seen.of(rows, key.shape[2])), value))
     return torch.cat(parts, dim=2).to(value.dtype)
 
 
@@ -188,6 +185,35 @@ def with_lse(
         sums.append(scores.logsumexp(dim=-1))
         outs.append(weighted(_shown(scores.softmax(dim=-1), mask), value).to(value.dtype))
     return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
+
+
+def column_sums(
+    query: Tensor, key: Tensor, scaling: float, seen: Seen = EVERYTHING, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention each key receives, head by head, and the log-sum-exp of each row's scores.
+    -> [B, H, K], [B, H, Q], fp32
+
+    rows: bool [B, Q], the queries that count; None: all. Those that see nothing (padding) count nothing, and their
+    log-sum-exp is -inf. The log-sum-exp is there for every query, counted or not.
+    """
+    sums = query.new_zeros(*query.shape[:2], key.shape[2], dtype=torch.float32)
+    logs = []
+    for part in blocks(query, key.shape[2]):
+        scores = masked_scores(query, key, scaling, seen, part)
+        lse = scores.logsumexp(dim=-1)
+        silent = lse.isneginf() if rows is None else lse.isneginf() | ~rows[:, None, part]
+        sums = sums + (scores - lse.masked_fill(silent, torch.inf)[..., None]).exp().sum(dim=2)
+        logs.append(lse)
+    return sums, torch.cat(logs, dim=2)
+
+
+def masked_scores(query: Tensor, key: Tensor, scaling: float, seen: Seen, rows: slice) -> Tensor:
+    """Scores of some queries, fp32, hidden entries -inf whatever the form of the mask. -> [B, H, R, K]"""
+    mask = seen.of(rows, key.shape[2])
+    scores = attention_rows(query[:, :, rows], key, slice(None), scaling, mask, softmax=False)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores.masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+    return scores
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,15 @@ import vlmfast
 from vlmfast import Report
 from vlmfast.adapters import from_spec, to_spec
 from vlmfast.cost import CONVENTION
-from vlmfast.eval.latency import Latency, measure
+from vlmfast.encoding import encode_images
+from vlmfast.eval.latency import Latency, image_inputs, measure
 from vlmfast.eval.models import load_model
 from vlmfast.eval.overlay import overlay, visible
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.report import text
+from vlmfast.patching import unwrap
+from vlmfast.solving import cost_of
+from vlmfast.towers import Picture, size_of
 
 UNPATCHED = "none"
 TIMED_TOKENS = 8  # tokens per timed generation
@@ -30,12 +34,18 @@ SMALL = 500_000_000  # parameters up to which one CPU thread is fast enough: its
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one spec did to the question."""
+    """What one spec did to the question.
+
+    kept, per_layer: visual tokens in the end, and mean over the layers. share: of the unpatched prefill FLOPs.
+    """
 
     spec: str
     answer: str
     report: Report
     latency: Latency
+    kept: int
+    per_layer: float
+    share: float
 
 
 def open_image(path: Path) -> Image.Image:
@@ -89,23 +99,42 @@ def run(
     if processor.chat_template is None:
         raise ValueError(f"the processor of {model} has no chat template, so vlmfast run cannot phrase the prompt")
     inputs = Prompts(processor, network.device, network.dtype).full(prompt, np.asarray(picture))
+    size = picture_size(network, inputs)
+    text_tokens = inputs["input_ids"].shape[1] - size.span
     outcomes = []
     with console.status("answering ...") as status:
         for spec in [UNPATCHED, *specs]:
             status.update(f"answering with {spec} ...")
-            outcomes.append(answer(network, processor, inputs, spec, max_new_tokens, repeats))
-    if len(outcomes[1].report.images[0].views) == 1:  # a thumbnail and crops show all of the picture
-        picture = visible(picture, processor.image_processor)
-    save_overlay(picture, outcomes[1:], out)
+            outcomes.append(answer(network, processor, inputs, spec, max_new_tokens, repeats, size, text_tokens))
     _print(outcomes, console)
+    pruned = [outcome for outcome in outcomes if outcome.report.images]
+    if not pruned:
+        console.print("\nno token was dropped: no picture of kept tokens is written", highlight=False)
+        return outcomes
+    if len(pruned[0].report.images[0].views) == 1:  # a thumbnail and crops show all of the picture
+        picture = visible(picture, processor.image_processor)
+    save_overlay(picture, pruned, out)
     console.print(f"\nkept tokens  {out}", highlight=False, soft_wrap=True)
     return outcomes
 
 
+def picture_size(model: Any, inputs: dict[str, torch.Tensor]) -> Picture:
+    """The one picture of a prompt by its sizes."""
+    visual = encode_images(model, [], **image_inputs(unwrap(model), inputs))[0]
+    return size_of(visual.patches, visual.views, visual.span)
+
+
 def answer(
-    model: Any, processor: Any, inputs: dict[str, torch.Tensor], spec: str, max_new_tokens: int, repeats: int
+    model: Any,
+    processor: Any,
+    inputs: dict[str, torch.Tensor],
+    spec: str,
+    max_new_tokens: int,
+    repeats: int,
+    size: Picture,
+    text_tokens: int,
 ) -> Outcome:
-    """Generate greedily under a spec, then time the same prompt."""
+    """Generate greedily under a spec, then time the same prompt. size: of its picture."""
     with vlmfast.patch(model, spec) as handle, torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         report = handle.report()
@@ -118,7 +147,20 @@ def answer(
             memory=False,
         )
     new = ids[0, inputs["input_ids"].shape[1] :]
-    return Outcome(spec, processor.tokenizer.decode(new, skip_special_tokens=True).strip(), report, latency)
+    kept, per_layer, share = sum(image.kept for image in report.images), report.per_layer, report.share
+    if not report.prompts:  # nothing was dropped, and so nothing of it is told
+        kept, per_layer = size.span, (size.span,)
+        plain, own = (cost_of(model.config, methods, text_tokens, [size]) for methods in ((), from_spec(spec)))
+        share = own.total_prefill / plain.total_prefill
+    return Outcome(
+        spec,
+        processor.tokenizer.decode(new, skip_special_tokens=True).strip(),
+        report,
+        latency,
+        kept,
+        sum(per_layer) / len(per_layer),
+        share or 1.0,
+    )
 
 
 def save_overlay(picture: Image.Image, outcomes: Sequence[Outcome], path: Path) -> None:
@@ -152,16 +194,13 @@ def _print(outcomes: Sequence[Outcome], console: Console) -> None:
     costs.add_column("")
     for head in ("visual\ntokens", "mean\na layer", "prefill\nFLOPs %", "TTFT\nms", "prefill\nms", "decode\nms/token"):
         costs.add_column(head, justify="right")
-    before = sum(image.n for image in outcomes[-1].report.images)
     for outcome in outcomes:
-        unpatched = outcome.spec == UNPATCHED
-        kept = before if unpatched else sum(image.kept for image in outcome.report.images)
         decode = outcome.latency.decode_ms_per_token
         costs.add_row(
             Text(_name(outcome.spec)),
-            str(kept),
-            f"{kept if unpatched else sum(outcome.report.per_layer) / len(outcome.report.per_layer):.1f}",
-            text.percent(1.0 if unpatched else outcome.report.share),
+            str(outcome.kept),
+            f"{outcome.per_layer:.1f}",
+            text.percent(outcome.share),
             text.number(outcome.latency.ttft_ms.median),
             text.number(outcome.latency.prefill_ms.median),
             text.number(None if decode is None else decode.median),

@@ -216,7 +216,7 @@ class Sweep:
         report = handle.report()
         kept = [indices.tolist() for indices in report.kept]
         layers = [list(prompt.per_layer) for prompt in report.prompts]
-        if handle.spec == UNPATCHED:
+        if not report.prunes:
             kept = [list(range(len(visual))) for visual, _ in pictures]
             layers = [[visual.span] * self.depth for visual, _ in pictures]
         if not len(kept) == len(layers) == len(pictures):

@@ -128,11 +128,11 @@ class Call:
                 return self.plain()
             some = self.of_heads(heads).correct(member, factors)
             return self.plain().index_copy(1, heads, some)
-        few = Few.of(member)
-        if not bool(few.there.any()):
-            return self.plain()
-        # Behind the log-sum-exp there is no gradient.
-        if not (torch.is_grad_enabled() and self.query.requires_grad):
+        # One row is as cheap made explicitly; and behind the log-sum-exp there is no gradient.
+        if self.query.shape[2] > 1 and not (torch.is_grad_enabled() and self.query.requires_grad):
+            few = Few.of(member)
+            if not bool(few.there.any()):
+                return self.plain()
             seen, key, value = self.seen, self.key, self.value
             plain = seen.mask is None and seen.keys is None and seen.window is None and seen.places is not None
             causal = plain and not isinstance(self.start, Tensor) and self.start == 0

@@ -112,11 +112,15 @@ def memory_of(cache: Any, decoding: bool) -> Memory | None:
 
 @dataclass
 class Pass:
-    """One forward. prompt: its tokens belong to prompts. ends: bool [B, Q], see `Call`."""
+    """One forward. prompt: its tokens belong to prompts. ends: bool [B, Q], see `Call`.
+
+    known: what layers that hold the same keys share.
+    """
 
     memory: Memory
     prompt: bool
     ends: Tensor
+    known: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
 
 class EditsDoor:
@@ -342,12 +346,11 @@ class Turn:
         kwargs: Mapping[str, Any],
     ) -> Tensor:
         """The edited attention, in the shape that transformers expects. -> [B, Q, H, d]"""
-        one, memory, n_key = self.one, self.one.memory, key.shape[2]
+        n_key = key.shape[2]
+        same = (self.offset, n_key, id(self.columns), query.shape[2])
+        if same not in self.one.known:
+            self.one.known[same] = self._tokens(n_key, query.shape[2])
         causal = kwargs.get("is_causal")
-        real = self._local(memory.real, n_key, True)
-        first = memory.real.long().argmax(1) if memory.count else memory.real.new_zeros(len(memory.real)).long()
-        if self.columns is not None:  # text before a picture is never taken away, so that the first token stays
-            first = (self.columns == first[:, None]).long().argmax(1)
         call = Call(
             layer=self.number,
             depth=self.door.depth,
@@ -360,18 +363,31 @@ class Turn:
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
             window=None if mask is not None and mask.ndim == 4 else kwargs.get("sliding_window"),
             hidden=self.hidden,
-            visual=self._local(memory.visual, n_key, False),
-            real=real,
-            initial=torch.where(first >= self.offset, first - self.offset, -1),
-            prompt=one.prompt,
-            ends=self._new(one.ends, query.shape[2]),
+            prompt=self.one.prompt,
             offset=self.offset,
-            marks={name: self._local(mark, n_key, 0.0) for name, mark in memory.marks.items()},
-            memory=memory.layers.setdefault(self.number, {}),
+            memory=self.one.memory.layers.setdefault(self.number, {}),
             own=own,
+            **self.one.known[same],
             note=lambda text: self.door.noted.setdefault(text),
         )
         return self.door.editors[self.number].edit(call).transpose(1, 2).contiguous()
+
+    def _tokens(self, n_key: int, count: int) -> dict[str, Any]:
+        """What the keys and the queries of this layer are, as `Call` has it."""
+        memory = self.one.memory
+        if memory.count:
+            first = memory.real.long().argmax(1)
+        else:
+            first = torch.zeros(len(memory.real), dtype=torch.long, device=memory.real.device)
+        if self.columns is not None:  # text before a picture is never taken away, so that the first token stays
+            first = (self.columns == first[:, None]).long().argmax(1)
+        return {
+            "visual": self._local(memory.visual, n_key, False),
+            "real": self._local(memory.real, n_key, True),
+            "initial": torch.where(first >= self.offset, first - self.offset, -1),
+            "ends": self._new(self.one.ends, count),
+            "marks": {name: self._local(mark, n_key, 0.0) for name, mark in memory.marks.items()},
+        }
 
     def _local(self, values: Tensor, n_key: int, fill: float) -> Tensor:
         """Values of the first layer's columns for this layer's keys. [B, n] -> [B, K]"""

@@ -69,6 +69,9 @@ class Later:
         if stage is None:
             return None
         length, offset = sizes(self.cache, self.new, number)
-        more = max(0, offset + length - stage.columns.shape[1])
-        later = (self.state.seen + torch.arange(more, device=stage.columns.device)).expand(self.rows, -1)
-        return torch.cat([stage.columns.masked_fill(~stage.live, -1), later], dim=1)
+        key = ("columns", stage.first, length + offset)
+        if key not in self.memo:
+            more = max(0, offset + length - stage.columns.shape[1])
+            later = (self.state.seen + torch.arange(more, device=stage.columns.device)).expand(self.rows, -1)
+            self.memo[key] = torch.cat([stage.columns.masked_fill(~stage.live, -1), later], dim=1)
+        return self.memo[key]

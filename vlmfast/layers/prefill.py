@@ -97,8 +97,12 @@ class Prefill:
         """Which of the first layer's columns a layer's keys stand for, -1 for padding; None: the same. [B, K]"""
         if not self.stages:
             return None
-        before = torch.arange(self.held, device=self.index.device).expand(self.rows, -1)
-        return torch.cat([before, (self.held + self.index).masked_fill(~self.live, -1)], dim=1)
+        key = ("columns", len(self.stages))
+        if key not in self.memo:
+            before = torch.arange(self.held, device=self.index.device).expand(self.rows, -1)
+            new = (self.held + self.index).masked_fill(~self.live, -1)
+            self.memo[key] = torch.cat([before, new], dim=1)
+        return self.memo[key]
 
     # --- a layer ----------------------------------------------------------------------------------------------
 

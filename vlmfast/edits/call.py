@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.edits.engine import Factors, Few, Seen, correct, redistribute, rescore
+from vlmfast.edits.engine import Factors, Few, Seen, correct, corrected, redistribute, rescore
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,11 @@ class Call:
     # --- attention ---------------------------------------------------------------------------------------------
 
     def plain(self) -> Tensor:
-        """The model's own attention, unchanged. [B, H, Q, d]"""
+        """The model's own attention, unchanged; it runs once. [B, H, Q, d]"""
+        return self._plain
+
+    @cached_property
+    def _plain(self) -> Tensor:
         return self.own().transpose(1, 2)
 
     @cached_property
@@ -115,38 +119,64 @@ class Call:
         return self._rows(rows, lambda query, seen: rescore(query, self.key, self.value, edit, self.scaling, seen))
 
     def correct(
-        self, member: Tensor, factors: Callable[[Tensor], tuple[Tensor, Tensor]], heads: Tensor | None = None
+        self,
+        member: Tensor,
+        factors: Callable[[Tensor], tuple[Tensor, Tensor]],
+        heads: Tensor | None = None,
+        *,
+        lse: Tensor | None = None,
+        exact: Factors | None = None,
     ) -> Tensor:
         """Give a handful of keys a factor, and all others another, in all rows. -> [B, H, Q, d]
 
         member: bool [B, H or 1, K] the few (H: of `heads` where given). factors: their mass [B, H, Q] -> (factor of
         the few, factor of the others). heads: int64 [n] query heads that are edited; None: all. Others are the model's
         own, bit for bit.
+        lse: [B, H, Q] log-sum-exp of the rows' scores, where it is known; the attention does not run twice then.
+        exact: the factors where rows are made explicitly, masses of the few and of the others [B, H, Q, 2] -> factors
+        of the same shape: `1 - mass` is all rounding error where the few hold nearly everything.
+
+        More keys than a head is wide are no handful: their shares alone would take more memory than the queries, and
+        rows are made explicitly.
         """
-        if heads is not None and len(heads) < self.query.shape[1]:
+        n_heads = self.query.shape[1]
+        if heads is not None and len(heads) < n_heads:
             if not len(heads):
                 return self.plain()
-            some = self.of_heads(heads).correct(member, factors)
-            return self.plain().index_copy(1, heads, some)
+            if self.query.shape[2] > 1:
+                some = self.of_heads(heads).correct(member, factors, lse=lse, exact=exact)
+                return self.plain().index_copy(1, heads, some)
+            # Keys of some heads would be copied once a query head, more than a row of all heads costs.
+            known = member.new_zeros(len(self.query), n_heads, member.shape[-1])
+            known[:, heads] = member
+            picked = torch.zeros(n_heads, dtype=torch.bool, device=heads.device).index_fill(0, heads, True)
+            return torch.where(picked[:, None, None], self.correct(known, factors, exact=exact), self.plain())
         # One row is as cheap made explicitly; and behind the log-sum-exp there is no gradient.
         if self.query.shape[2] > 1 and not (torch.is_grad_enabled() and self.query.requires_grad):
             few = Few.of(member)
             if not bool(few.there.any()):
                 return self.plain()
-            seen, key, value = self.seen, self.key, self.value
-            plain = seen.mask is None and seen.keys is None and seen.window is None and seen.places is not None
-            causal = plain and not isinstance(self.start, Tensor) and self.start == 0
-            if causal:  # a static cache has places that nothing fills yet
-                key, value = key[:, :, : self.query.shape[2]], value[:, :, : self.query.shape[2]]
-            edited = correct(self.query, key, value, few, factors, self.scaling, seen, causal)
-            if edited is not None:
-                return edited
-        others = ~member & torch.ones_like(member)
+            if few.columns.shape[-1] <= self.query.shape[-1]:
+                edited = self._corrected(few, factors, lse)
+                if edited is not None:
+                    return edited
 
         def both(masses: Tensor) -> Tensor:
             return torch.stack(factors(masses[..., 0]), dim=-1)
 
-        return self.redistribute((member, others), both)
+        return self.redistribute((member, ~member), exact or both)
+
+    def _corrected(
+        self, few: Few, factors: Callable[[Tensor], tuple[Tensor, Tensor]], lse: Tensor | None
+    ) -> Tensor | None:
+        seen, key, value = self.seen, self.key, self.value
+        if lse is not None:
+            return corrected(self.plain(), lse, self.query, key, value, few, factors, self.scaling, seen)
+        plain = seen.mask is None and seen.keys is None and seen.window is None and seen.places is not None
+        causal = plain and not isinstance(self.start, Tensor) and self.start == 0
+        if causal:  # a static cache has places that nothing fills yet
+            key, value = key[:, :, : self.query.shape[2]], value[:, :, : self.query.shape[2]]
+        return correct(self.query, key, value, few, factors, self.scaling, seen, causal)
 
     def of_heads(self, heads: Tensor) -> Call:
         """The same call for some of its query heads. heads: int64 [n]"""
@@ -156,7 +186,7 @@ class Call:
             query=self.query[:, heads],
             key=self.key[:, group],
             value=self.value[:, group],
-            own=lambda: self.own()[:, :, heads],
+            own=lambda: self.plain()[:, heads].transpose(1, 2),
         )
 
     def _rows(self, rows: Tensor | None, attend: Callable[[Tensor, Seen], Tensor]) -> Tensor:

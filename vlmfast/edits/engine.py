@@ -94,6 +94,24 @@ class Seen:
         where = columns[:, :, None].expand(-1, heads, n_query, -1)
         return mask.expand(-1, heads, -1, -1).gather(-1, where)
 
+    def counts(self, rows: Tensor, n_key: int) -> Tensor:
+        """How many of some queries see each key. rows: bool [B, Q], the queries that count -> int64 [B, 1 or H, K]"""
+        if self.mask is not None:
+            mask = self.of(slice(None), n_key)
+            assert mask is not None
+            if mask.dtype != torch.bool:
+                mask = mask > torch.finfo(mask.dtype).min / 2
+            return (mask & rows[:, None, :, None]).sum(dim=2)
+        if self.places is None:
+            counts = rows.sum(dim=1, keepdim=True).expand(-1, n_key)
+        else:
+            after = rows.new_zeros(len(rows), n_key + 1, dtype=torch.long)
+            after[:, self.places] = rows.long()
+            after = after.flip(1).cumsum(1).flip(1)  # queries that stand at a key or behind it
+            last = torch.arange(n_key, device=rows.device) + (n_key if self.window is None else self.window)
+            counts = after[:, :-1] - after[:, last.clamp(max=n_key)]
+        return (counts if self.keys is None else counts * self.keys[:, :n_key])[:, None]
+
     def take(self, rows: Tensor) -> Seen:
         """The same for some of the queries. rows: int64 [R]"""
         return Seen(
@@ -274,6 +292,21 @@ def correct(
     `redistribute` makes such rows explicitly.
     """
     out, lse = with_lse(query, key, value, scaling, seen, causal)
+    return corrected(out, lse, query, key, value, few, factors, scaling, seen)
+
+
+def corrected(
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    few: Few,
+    factors: Callable[[Tensor], tuple[Tensor, Tensor]],
+    scaling: float,
+    seen: Seen = EVERYTHING,
+) -> Tensor | None:
+    """`correct` where the attention [B, H, Q, d] and the log-sum-exp of its rows [B, H, Q] are there already."""
     visible = seen.at(few.columns, query.shape[2], key.shape[2])
     found = shares(query, key, few, lse, scaling, visible)
     on_few, on_others = factors(found.sum(dim=-1))

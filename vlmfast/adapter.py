@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from vlmfast.towers import Picture
 
 
-# The doors into a model, in the order of effect: before the language model, between its layers, in their attention.
-INPUTS, LAYERS, ATTENTION = range(3)
+# The doors into a model, in the order of effect: before the language model, between its layers, in their attention, in
+# their hidden states, in what is generated.
+INPUTS, LAYERS, ATTENTION, MODULES, GENERATION = range(5)
 
 
 @dataclass(frozen=True, kw_only=True)

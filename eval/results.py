@@ -52,7 +52,10 @@ class TaskResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One finished run, as it is stored; `cost`, `latency`, `environment` and `samples` are plain JSON values."""
+    """One finished run, as it is stored; fields without a type of their own are plain JSON values.
+
+    attention: where attention goes, before and after (see `vlmfast.eval.attention.measure`), of specs that edit it.
+    """
 
     model: str
     model_hash: str
@@ -73,6 +76,7 @@ class Result:
     started: str
     seconds: float
     samples: list[dict[str, Any]] = field(default_factory=list)
+    attention: dict[str, Any] | None = None
     schema: int = SCHEMA
     complete: bool = True
 

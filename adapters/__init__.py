@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmfast.adapter import Adapter
+from vlmfast.adapters.attention.act import ACT
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
@@ -40,6 +41,7 @@ from vlmfast.patching import unwrap
 from vlmfast.solving import solve_keep, with_keep
 
 __all__ = [
+    "ACT",
     "ADAPTERS",
     "DEFAULTS",
     "EVS",
@@ -74,6 +76,7 @@ __all__ = [
 ]
 
 ADAPTERS: dict[str, type[Adapter]] = {
+    "act": ACT,
     "cdpruner": CDPruner,
     "dart": Dart,
     "divprune": DivPrune,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vlmfast.adapters.attention.act import ACT
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.edits import Call
 
@@ -53,6 +54,23 @@ def call_of(scores: Tensor, value: Tensor | None = None, **known: Any) -> Call:
     return Call(query=query, key=key, value=value, scaling=1.0, own=lambda: plain, **(fields | known))
 
 
+def act(case: Case, array: Arrays) -> Checks:
+    """The sinks of each head, and the calibrated map."""
+    hyper, heads = case["hyperparameters"], array("{}__in_heads")
+    call = call_of(array("{}__in_attn").log())
+    method = ACT(
+        beta=hyper["beta"],
+        theta=hyper["threshold"],
+        layers="all",
+        heads="/".join(map(str, heads.tolist())),
+        parity="official",
+    )
+    found = torch.zeros(call.query.shape[1], call.key.shape[2], dtype=torch.bool)
+    found[heads] = method.sinks(call.of_heads(heads))[0][0]
+    yield "sinks", found, array("{}__out_sink_cols")
+    yield "attention", method.edit(call), array("{}__out_attn")
+
+
 def zerotuning(case: Case, array: Arrays) -> Checks:
     """The tuned map and its product with the values."""
     hyper, scores = case["hyperparameters"], array("{}__in_scores")
@@ -68,4 +86,4 @@ def zerotuning(case: Case, array: Arrays) -> Checks:
         yield name, method.edit(call) if edits else call.plain(), array(f"{{}}__out_{name}")
 
 
-SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"zerotuning": zerotuning}
+SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"act": act, "zerotuning": zerotuning}

@@ -28,13 +28,15 @@ CHUNK = 64  # tokens in a chunk of the delta rule
 class Attention:
     """Softmax attention. query, key: widths of all query heads and of all key heads together (values are as wide).
 
-    gated: the query projection gives a gate for the output as well. window: None, or the tokens a query sees.
+    gated: the query projection gives a gate for the output as well. window: None, or the tokens a query sees. heads:
+    query heads.
     """
 
     query: int
     key: int
     gated: bool = False
     window: int | None = None
+    heads: int = 1
 
     def flops(self, width: int, queries: float, keys: float) -> Any:
         """q, k, v, o projections, q k^T and its product with v."""
@@ -170,6 +172,7 @@ def _mixer(text: Any, index: int, gated: bool) -> Attention | DeltaRule:
         key=(text.num_key_value_heads or heads) * head_width,
         gated=gated,
         window=window if kind == "sliding_attention" else None,
+        heads=heads,
     )
 
 

@@ -81,6 +81,7 @@ class AttentionEdit(Adapter):
     kind: ClassVar[str] = "attention"
     door: ClassVar[int] = ATTENTION
     needs_visual: ClassVar[bool] = True
+    compares: ClassVar[bool] = False
     layers: str | int = "all"
 
     def __post_init__(self) -> None:
@@ -163,6 +164,15 @@ class HeadEdit(AttentionEdit):
                 raise ValueError(
                     f"{self.name}: heads={self.heads!r}: the decoder has heads 0 to {text.num_attention_heads - 1}"
                 )
+
+    def statistic(self, model: Sizes, rows: float, keys: float) -> int:
+        """X2 of the scores of some rows over some keys, of the heads that are edited in all edited layers."""
+        total = 0.0
+        for number in self.where(attending(model), len(model.decoder.layers)):
+            layer, heads = model.decoder.layers[number], self.heads_of(number)
+            assert isinstance(layer.mixer, Attention)
+            total += layer.statistic(rows, keys) * (1 if heads is None else len(heads) / layer.mixer.heads)
+        return round(total)
 
     def picked(self, call: Call) -> Tensor | None:
         """The heads to edit in a call. int64 [n], None: all"""

@@ -8,8 +8,8 @@ Code:  https://github.com/FeijiangHan/ZeroTuning (51df35b)
 
 in all rows of the chosen layers and heads, prefill and decoding: the same as a bias of ln(gamma) on the first token's
 score. Shapes: mass of the first token [B, H, Q] -> two factors [B, H, Q]. Default: gamma=2, all layers, all heads. The
-paper finds gamma > 1 good for classification and gamma
-< 1 for question answering, on text models; gamma and heads are found on a small labelled set.
+paper finds gamma > 1 good for classification and gamma < 1 for question answering, on text models; gamma and heads are
+found on a small labelled set (`vlmfast heads`).
 
 Differs from the official code: the first token is each row's own first that is no padding (the code takes column 0, in
 a left-padded batch a masked one); rows that see nothing else stay as they are where gamma is 0 (the code divides 0 by
@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.adapters.attention.base import HeadEdit, attending
+from vlmfast.adapters.attention.base import HeadEdit
 from vlmfast.decoders import Sizes
 from vlmfast.edits import Call
 from vlmfast.towers import Picture
@@ -84,7 +84,4 @@ class ZeroTuning(HeadEdit):
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The scaled keys' scores and values, again, in every row."""
         rows, keys = picture.span + text, max(1, self.end - self.start)
-        return sum(
-            2 * model.decoder.layers[layer].statistic(rows, keys)
-            for layer in self.where(attending(model), len(model.decoder.layers))
-        )
+        return 2 * self.statistic(model, rows, keys)

@@ -14,6 +14,7 @@ from typing import Any
 
 from vlmfast.adapter import Adapter
 from vlmfast.adapters.attention.act import ACT
+from vlmfast.adapters.attention.vhr import VHR
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
@@ -45,6 +46,7 @@ __all__ = [
     "ADAPTERS",
     "DEFAULTS",
     "EVS",
+    "VHR",
     "CDPruner",
     "Dart",
     "DivPrune",
@@ -94,6 +96,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "slime": Slime,
     "sparsevlm": SparseVLM,
     "textmonkey": TextMonkey,
+    "vhr": VHR,
     "vidcom2": VidCom2,
     "visionzip": VisionZip,
     "vispruner": VisPruner,

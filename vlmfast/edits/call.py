@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.edits.engine import Factors, Few, Seen, correct, corrected, redistribute, rescore
+from vlmfast.lockstep import ImageFree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class Call:
     decides on a generated token: the last one of a prompt, and every one generated.
     memory: what the method remembers of this layer for as long as the prompts are in the cache; see `remember`.
     offset: columns that the layer has forgotten (sliding windows) before the first key. note: adds a line to the
-    report of the running prompts, once however often it is said.
+    report of the running prompts, once however often it is said. free: prompts on their first way through the decoder
+    beside themselves without their pictures, for a method that says `compares`; None: there is no picture, or it came
+    earlier.
     """
 
     layer: int
@@ -51,6 +54,7 @@ class Call:
     memory: dict[str, Any] = field(default_factory=dict)
     own: Callable[[], Tensor]
     note: Callable[[str], None]
+    free: ImageFree | None = None
 
     # --- who is who --------------------------------------------------------------------------------------------
 

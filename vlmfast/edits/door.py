@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from vlmfast.edits.call import Call
 from vlmfast.layers.cache import sizes
 from vlmfast.layers.door import PASS, LayersDoor
 from vlmfast.layers.tokens import PROMPT, Placed, Prompt
+from vlmfast.lockstep import ImageFree
 from vlmfast.patching import HANDLE, Patch, Report, shallow
 from vlmfast.rewriting import present
 
@@ -45,12 +46,26 @@ class Editor(Protocol):
         """Whether it must know which tokens are visual."""
         ...
 
+    @property
+    def compares(self) -> bool:
+        """Whether it compares prompts with the same ones without their pictures (`Call.free`)."""
+        ...
+
     def edit(self, call: Call) -> Tensor:
         """The attention of one call, edited. -> [B, H, Q, d]"""
         ...
 
     def marks(self, picture: Placed) -> Mapping[str, Tensor]:
         """What it wants to know of each token of a picture: values [n] by name, from the tower's statistics."""
+        ...
+
+
+@runtime_checkable
+class Summing(Protocol):
+    """A method that sums up what its calls noted, layer by layer, before it is reported."""
+
+    def remarks(self, notes: Sequence[str]) -> Sequence[str]:
+        """Lines of the report. notes: what the calls of the last prompts noted, each once, in order."""
         ...
 
 
@@ -114,12 +129,14 @@ def memory_of(cache: Any, decoding: bool) -> Memory | None:
 class Pass:
     """One forward. prompt: its tokens belong to prompts. ends: bool [B, Q], see `Call`.
 
-    known: what layers that hold the same keys share.
+    free: the image-free stream of its prompts, where a method asks for it and they have pictures. known: what layers
+    that hold the same keys share.
     """
 
     memory: Memory
     prompt: bool
     ends: Tensor
+    free: ImageFree | None = None
     known: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -142,8 +159,9 @@ class EditsDoor:
         self.tokens = [int(getattr(config, source.token)) for source in patch.family.sources.values()]
         self.names = list(inspect.signature(patch.base.forward).parameters)
         self.editors: dict[int, Editor] = {}
-        self.noted: dict[str, None] = {}  # what methods had to say of the last prompts, in order
+        self.noted: dict[Editor, dict[str, None]] = {}  # what methods had to say of the last prompts, in order
         self.until: int | None = None  # columns that the prompts of the running `generate` have, as the user counts
+        self.width: int | None = None  # and what its first forward without a cache got of them
         reporters = patch.model.__dict__[HANDLE].reporters
         self.keeps_prompt = any(isinstance(one, LayersDoor) for one in reporters)
         reporters.append(self)
@@ -185,6 +203,9 @@ class EditsDoor:
         if like is None or not self.editors:
             return args, kwargs
         one = self._pass(ids, like, given.get("attention_mask"), given.get("past_key_values"), prompt)
+        comparing = [number for number, editor in self.editors.items() if editor.compares]
+        if comparing and one.prompt and ids is not None:
+            one.free = self._image_free(base, ids, one, max(comparing), given.get("token_type_ids"))
         kwargs = {name: value for name, value in kwargs.items() if name != PROMPT or self.keeps_prompt}
         return args, {**kwargs, EDITS: one}
 
@@ -214,10 +235,35 @@ class EditsDoor:
         ends = place == last[:, None]
         generated = False
         if self.until is not None:  # inside generate: chunks of a prompt end nothing, drafts of an assistant do
-            first = self.until - 1 - held - self._dropped(cache)
-            ends = (place >= first).expand(rows, -1) if cache is not None else ends
-            generated = cache is not None and first < -1
+            if cache is None:  # prompts come again and again, with what was generated behind them
+                self.width = self.width or new
+                first = self.width - 1
+            else:
+                first = self.until - 1 - held - self._dropped(cache)
+            ends = (place >= first).expand(rows, -1)
+            generated = first < -1
         return Pass(before.extended(held, visual & real, real, marks), not generated, ends)
+
+    def _image_free(self, base: Any, ids: Tensor, one: Pass, last: int, types: Tensor | None) -> ImageFree | None:
+        """The image-free stream of prompts on their first way through the decoder."""
+        name, memory, new = self.editors[last].name, one.memory, ids.shape[1]
+        held = memory.count - new
+        if not bool(one.ends.any()):
+            raise NotImplementedError(f"{name} reads a prompt as a whole: without prefill_chunk_size, not in chunks")
+        before, pictured = memory.visual[:, :held].any(1), memory.visual[:, held:].any(1)
+        if held:
+            if bool((pictured & ~before).any()):
+                raise NotImplementedError(
+                    f"{name}: a first picture behind text that a cache holds already; start with an empty cache"
+                )
+            return None
+        # Without a cache what was generated comes again behind the prompt, whose end is the first of `ends`.
+        place = torch.arange(new, device=ids.device)
+        text = memory.real & ~memory.visual & (place <= one.ends.long().argmax(1)[:, None])
+        more = {}
+        if "token_type_ids" in self.names:  # text has type 0: causal (Gemma 3), or the prefix (PaliGemma)
+            more["token_type_ids"] = torch.zeros_like(ids) if types is None or types.shape != ids.shape else types
+        return ImageFree.of(base, ids, text, pictured, last, self.patch.family.first_position, more)
 
     def _generated(self, cache: Any) -> bool:
         """Whether what follows the cache was generated, inside `generate`."""
@@ -247,7 +293,13 @@ class EditsDoor:
         for editor in dict.fromkeys(self.editors.values()):
             layers = [number for number, other in self.editors.items() if other is editor]
             notes.append(f"{editor.name}: edits the attention of layers {spelled(layers)} of {self.depth}")
-        return replace(report, notes=(*report.notes, *notes, *self.noted))
+            said = tuple(self.noted.get(editor, ()))
+            notes += editor.remarks(said) if isinstance(editor, Summing) else said
+        return replace(report, notes=(*report.notes, *notes))
+
+    def note(self, editor: Editor, text: str) -> None:
+        """A method has something to say of the running prompts."""
+        self.noted.setdefault(editor, {}).setdefault(text)
 
 
 def spelled(numbers: Sequence[int]) -> str:
@@ -296,7 +348,7 @@ class Generate:
         try:
             return self.original(*args, **kwargs)
         finally:
-            self.door.until = None
+            self.door.until = self.door.width = None
 
 
 @dataclass(frozen=True)
@@ -364,11 +416,12 @@ class Turn:
             window=None if mask is not None and mask.ndim == 4 else kwargs.get("sliding_window"),
             hidden=self.hidden,
             prompt=self.one.prompt,
+            free=self.one.free,
             offset=self.offset,
             memory=self.one.memory.layers.setdefault(self.number, {}),
             own=own,
             **self.one.known[same],
-            note=lambda text: self.door.noted.setdefault(text),
+            note=functools.partial(self.door.note, self.door.editors[self.number]),
         )
         return self.door.editors[self.number].edit(call).transpose(1, 2).contiguous()
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vlmfast.adapter import Adapter
 from vlmfast.adapters.attention.act import ACT
+from vlmfast.adapters.attention.var import VAR
 from vlmfast.adapters.attention.vhr import VHR
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.adapters.pruning.cdpruner import CDPruner
@@ -46,6 +47,7 @@ __all__ = [
     "ADAPTERS",
     "DEFAULTS",
     "EVS",
+    "VAR",
     "VHR",
     "CDPruner",
     "Dart",
@@ -96,6 +98,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "slime": Slime,
     "sparsevlm": SparseVLM,
     "textmonkey": TextMonkey,
+    "var": VAR,
     "vhr": VHR,
     "vidcom2": VidCom2,
     "visionzip": VisionZip,

@@ -7,14 +7,19 @@ unit vectors as values the output is the edited map itself. What runs is the met
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmfast.adapters.attention.act import ACT
+from vlmfast.adapters.attention.var import VAR
+from vlmfast.adapters.attention.vhr import VHR, Divergence
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
+from vlmfast.attention import EDIT
 from vlmfast.edits import Call
+from vlmfast.lockstep import ImageFree
 
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]
@@ -51,7 +56,8 @@ def call_of(scores: Tensor, value: Tensor | None = None, **known: Any) -> Call:
         "note": lambda text: None,
     }
     plain = (query.softmax(-1) @ value).transpose(1, 2)
-    return Call(query=query, key=key, value=value, scaling=1.0, own=lambda: plain, **(fields | known))
+    fields |= {"own": lambda: plain}
+    return Call(query=query, key=key, value=value, scaling=1.0, **(fields | known))
 
 
 def act(case: Case, array: Arrays) -> Checks:
@@ -71,6 +77,39 @@ def act(case: Case, array: Arrays) -> Checks:
     yield "attention", method.edit(call), array("{}__out_attn")
 
 
+def var(case: Case, array: Arrays) -> Checks:
+    """Sinks, the rows that look at the picture and those that are rewritten, and the redistributed map."""
+    hyper, shown = case["hyperparameters"], array("{}__in_attn")
+    method = VAR(
+        p=hyper["p"],
+        rho=hyper["rho"],
+        tau=hyper["tau"],
+        summ=hyper["summ"],
+        dims="/".join(map(str, hyper["dims"])),
+        layers="all",
+        parity="official",
+    )
+    visual = torch.zeros(len(shown), shown.shape[-1], dtype=torch.bool)
+    visual[:, hyper["im"] : hyper["im"] + hyper["pa"]] = True
+    memory: dict[str, Any] = {}
+    if shown.shape[2] == 1:  # a generated token: the prompt was there before
+        hidden = array("{}__in_prefill_hidden")
+        held = hidden.shape[1]
+        scores = torch.zeros(len(shown), shown.shape[1], held, held)
+        method.edit(call_of(scores, hidden=hidden, visual=visual[:, :held], prompt=True, memory=memory))
+        call = call_of(shown.log(), visual=visual, memory=memory)
+    else:
+        call = call_of(shown.log(), hidden=array("{}__in_hidden"), visual=visual, prompt=True, memory=memory)
+    edited = method.edit(call)
+    yield "sinks", memory["sinks"].any(0).nonzero().flatten(), array("{}__out_sink_indices")
+    classes = method.classes(call)
+    masses = torch.stack([(shown * member[:, :, None]).sum(-1) for member in classes], dim=-1)
+    selected = method.selected(masses, visual.sum(1), classes[1].any(-1)[:, 0])
+    yield "selected", selected, array("{}__out_selected")
+    yield "modified", selected & call.after_visual[:, None], array("{}__out_modified")
+    yield "attention", edited, array("{}__out_attn")
+
+
 def zerotuning(case: Case, array: Arrays) -> Checks:
     """The tuned map and its product with the values."""
     hyper, scores = case["hyperparameters"], array("{}__in_scores")
@@ -86,4 +125,44 @@ def zerotuning(case: Case, array: Arrays) -> Checks:
         yield name, method.edit(call) if edits else call.plain(), array(f"{{}}__out_{name}")
 
 
-SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"act": act, "zerotuning": zerotuning}
+@dataclass(frozen=True)
+class _TextLayer:
+    """A decoder layer of an image-free stream, whose heads give known outputs [H, d] for one token."""
+
+    outputs: Tensor
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """Hand the outputs to the method whose turn it is."""
+        nothing = torch.empty(0)
+        turn = kwargs[EDIT]
+        turn.attend(None, nothing, nothing, nothing, None, 1.0, lambda: self.outputs[None, None], {})
+        return hidden
+
+
+def vhr_paper(case: Case, array: Arrays) -> Checks:
+    """What tells the heads apart, those reinforced, and later tokens with them (from the paper, not its code)."""
+    hyper, full, text = case["hyperparameters"], array("{}__in_full"), array("{}__in_text")
+    method = VHR(alpha=hyper["alpha"], topk=hyper["topk"], layers="all")
+    found = Divergence.of(full, text)
+    yield "vhd", found.distance, array("{}__out_vhd")
+    yield "ta", found.text, array("{}__out_ta")
+    yield "outlier", found.outlier, array("{}__out_outlier")
+    yield "tvhd", found.total(hyper["topk"]), array("{}__out_tvhd_topk_sum")
+    one = torch.zeros(1, full.shape[0], 1, 1)
+    noted = {0: (torch.zeros(1, 1, 1), (), {})}
+    free = ImageFree([_TextLayer(text)], torch.tensor([0]), torch.ones(1, 1).bool(), last=0, _noted=noted)
+    memory: dict[str, Any] = {}
+    method.edit(call_of(one, own=lambda: full[None, None], free=free, memory=memory))
+    yield "selected", memory["heads"][0], array("{}__out_selected")
+    later = array("{}__in_x")
+    heads = later.unflatten(-1, full.shape)
+    edited = method.edit(call_of(one, own=lambda: heads, memory=memory))
+    yield "x", edited.transpose(1, 2).flatten(2), array("{}__out_x")
+
+
+SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
+    "act": act,
+    "var": var,
+    "vhr_paper": vhr_paper,
+    "zerotuning": zerotuning,
+}

@@ -18,8 +18,20 @@ from vlmfast.adapter import Adapter
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: not before they are needed
     from vlmfast.patching import Handle, Report
+    from vlmfast.sinks import Sinks, find_sinks
 
-__all__ = ["Adapter", "Handle", "MethodInfo", "Report", "from_pretrained", "methods", "patch", "unpatch"]
+__all__ = [
+    "Adapter",
+    "Handle",
+    "MethodInfo",
+    "Report",
+    "Sinks",
+    "find_sinks",
+    "from_pretrained",
+    "methods",
+    "patch",
+    "unpatch",
+]
 
 
 def patch(model: Any, *methods: Adapter | str, positions: str | None = None, flops: float | None = None) -> Handle:
@@ -111,9 +123,13 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Handle and Report, imported when asked for."""
+    """Handle, Report, Sinks and find_sinks, imported when asked for."""
     if name in ("Handle", "Report"):
         from vlmfast import patching
 
         return getattr(patching, name)
+    if name in ("Sinks", "find_sinks"):
+        from vlmfast import sinks
+
+        return getattr(sinks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

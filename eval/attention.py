@@ -23,7 +23,7 @@ from vlmfast.layers.tokens import Placed
 CLASSES = ("sinks", "image", "text")
 ROWS = ("prompt", "answer")
 NEW_TOKENS = 8  # generated behind each prompt, at most
-SINKS = "sinks"  # under which name methods remember tokens as sinks, bool [B, K]
+SINKS = "sinks"  # under which name methods remember tokens as sinks, bool [B, K], or of some heads, [B, H, K]
 
 
 def edits(spec: str) -> bool:
@@ -44,7 +44,7 @@ def measure(
     Rows: "prompt", text behind the picture; "answer", rows that decide on a generated token: the prompt's last one,
     and those generated.
     Classes: "sinks", the prompt's first token and, unless tokens are dropped, those that the method remembers as
-    sinks; "image", other visual tokens; "text", other text, generated tokens included.
+    sinks (of any head); "image", other visual tokens; "text", other text, generated tokens included.
     Shares of a row sum to 1. `total` {rows: [of every layer]} is what its weights sum to under the spec before that: 1
     where the method renormalises. `edited`: the layers that the spec edits.
 
@@ -147,6 +147,11 @@ class Probe:
         """It tells visual tokens from others."""
         return True
 
+    @property
+    def compares(self) -> bool:
+        """Whether the editor does."""
+        return self.inner is not None and self.inner.compares
+
     def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:
         """The layers given."""
         return self.layers
@@ -157,11 +162,13 @@ class Probe:
 
     def edit(self, call: Call) -> Tensor:
         """Note the masses, then edit as the editor does."""
-        before = copy.deepcopy(call.memory)
+        memory = copy.deepcopy(call.memory)
         edited = call.plain() if self.inner is None else self.inner.edit(call)
+        if call.free is not None:  # the image-free stream passes once: the method remembers what it decided by it
+            memory = copy.deepcopy(call.memory)
         one = self.seen.setdefault(call.layer, Seen())
         classes = self.classes(call, one)
-        shares, total = split(self.masses(call, classes, before), classes.shape[-1])
+        shares, total = split(self.masses(call, classes, memory), classes.shape[-1])
         found = torch.cat([shares, total], dim=-1).mean(dim=1)  # over heads
         ends = call.ends & call.visual.any(1, keepdim=True)
         for rows, chosen in (("prompt", call.after_visual & call.prompt), ("answer", ends)):
@@ -175,7 +182,7 @@ class Probe:
         sinks = columns == call.initial[:, None]
         known = call.recall(SINKS) if self.sinks is None else self.sinks.get(call.layer)
         if known is not None:
-            one.sinks = known = known.bool()
+            one.sinks = known = known.bool() if known.ndim == 2 else known.bool().any(dim=1)
             count = min(known.shape[1], sinks.shape[1])
             sinks = sinks.clone()
             sinks[:, :count] |= known[:, :count]
@@ -193,7 +200,14 @@ class Probe:
         if self.inner is None:
             return own.transpose(1, 2)
         twin = replace(
-            call, query=query, key=key, value=value, memory=memory, own=lambda: own.clone(), note=lambda text: None
+            call,
+            query=query,
+            key=key,
+            value=value,
+            memory=memory,
+            own=lambda: own.clone(),
+            note=lambda text: None,
+            free=None,
         )
         edited: Tensor = self.inner.edit(twin)
         return edited

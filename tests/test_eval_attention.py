@@ -186,6 +186,36 @@ def test_the_method_does_not_notice_the_probe(vlm, monkeypatch):
     assert [one[:2] for one in own] == [one[:2] for one in without] and len(with_probe) == 2 * len(without)
 
 
+def test_sinks_of_some_heads(vlm, monkeypatch):
+    """A token is a sink that any head takes for one."""
+    inputs = vlm.prompts([[4, "a", 5]])
+
+    def edit(self, call):
+        if call.prompt:
+            heads = torch.zeros(1, 2, call.query.shape[2], dtype=torch.bool)
+            heads[0, 0, 2] = heads[0, 1, 6] = True
+            call.remember("sinks", heads)
+        return call.plain()
+
+    spec = registered(monkeypatch)
+    monkeypatch.setattr(Louder, "edit", edit)
+    expected, _ = by_hand(vlm, inputs, unchanged, sinks=(2, 6))
+    found = measure(vlm.model, spec, [inputs], new_tokens=3)
+    same(found["before"], expected)
+    same(found["after"], expected)
+
+
+def test_a_method_with_an_image_free_stream(vlm):
+    """VHR takes its stream through each layer once; the heads it scales look where they looked."""
+    inputs = vlm.prompts([[4, "a", 5]])
+    found = measure(vlm.model, "vhr:layers=all,alpha=3.0", [inputs], new_tokens=3)
+    for rows in ROWS:
+        assert all(1 < total < 3 for total in found["total"][rows])
+        for name in CLASSES:
+            if rows == "prompt":  # what is generated differs
+                assert found["after"][rows][name][0] == pytest.approx(found["before"][rows][name][0], abs=1e-5)
+
+
 def test_the_model_is_left_as_it_was(vlm):
     inputs = vlm.prompts([[4, "a", 5]])
     plain = vlm.model(**inputs).logits

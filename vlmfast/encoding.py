@@ -70,14 +70,20 @@ class PictureEncoder:
         self.base = patch.base
         self.original = getattr(patch.base, self.source.encode)
         functools.update_wrapper(self, self.original)  # generate() reads the signature
-        self.scores = tuple(scores)
-        for score in self.scores:
+        self.scores: tuple[Score, ...] = ()
+        self.places: dict[Score, nn.Module] = {}
+        self.add(patch, scores)
+
+    def add(self, patch: Patch, scores: Sequence[Score]) -> None:
+        """Take these statistics, too. Raises ValueError for those that the tower cannot give."""
+        scores = [score for score in dict.fromkeys(scores) if score not in self.places]
+        for score in scores:
             self.tower.check(score)
         blocks = self.family.block_modules(patch.base, self.source)
-        self.places: dict[Score, nn.Module] = {}
-        for score in self.scores:
+        for score in scores:
             block = blocks[score.layer]
             self.places[score] = block if score.kind in OUTPUTS else self.family.attention_module(block)
+        self.scores += tuple(scores)
         hidden = [module for score, module in self.places.items() if score.kind in OUTPUTS]
         tap(patch, [module for module in dict.fromkeys(self.places.values()) if module not in hidden])
         for module in dict.fromkeys(hidden):
@@ -126,10 +132,23 @@ def _take_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             taps.collected.setdefault(score, []).append(vectors)
 
 
+def asked(visual: VisualTokens, wanted: Mapping[str, Score]) -> VisualTokens:
+    """A picture with the statistics that a method asked for, under the method's names.
+
+    Raises ValueError where the picture was encoded without them.
+    """
+    missing = [score for score in wanted.values() if score not in visual.statistics]
+    if missing:
+        raise ValueError(
+            f"these images were encoded without {missing[0]}; name the method in encode_images(model, methods)"
+        )
+    return dataclasses.replace(visual, scores={name: visual.statistics[score] for name, score in wanted.items()})
+
+
 def encode_images(model: Any, methods: Sequence[Any], *, modality: str = "image", **inputs: Any) -> list[VisualTokens]:
     """Encode pictures once for several methods: one VisualTokens each, without gradient.
 
-    model: an unpatched model; methods: pruning adapters (others want nothing of the images); modality: "image" or
+    model: an unpatched model; methods: adapters (many want nothing of the images); modality: "image" or
     "video"; inputs: what the processor gave for the pictures, under the names of `get_image_features` or
     `get_video_features` (`pixel_values`, `image_grid_thw`, ...). Raises RuntimeError on a patched model.
     """

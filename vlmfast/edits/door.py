@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 from vlmfast.attention import EDIT, tap
 from vlmfast.conversation import state_of
 from vlmfast.edits.call import Call
+from vlmfast.encoding import asked
+from vlmfast.inputs import Door
 from vlmfast.layers.cache import sizes
 from vlmfast.layers.door import PASS, LayersDoor
 from vlmfast.layers.tokens import PROMPT, Placed, Prompt
 from vlmfast.lockstep import ImageFree
 from vlmfast.patching import HANDLE, Patch, Report, shallow
 from vlmfast.rewriting import present
+from vlmfast.visual import Score
 
 EDITS = "vlmfast_edits"  # keyword of a forward: its Pass; attribute of a cache: its Memory
 
@@ -56,7 +60,11 @@ class Editor(Protocol):
         ...
 
     def marks(self, picture: Placed) -> Mapping[str, Tensor]:
-        """What it wants to know of each token of a picture: values [n] by name, from the tower's statistics."""
+        """What it wants to know of each token of a picture: values [n] by name.
+
+        A method with `wanted(tower)`, as methods that prune have it, finds these statistics of the vision tower in
+        `picture.visual.scores`.
+        """
         ...
 
 
@@ -159,6 +167,7 @@ class EditsDoor:
         self.tokens = [int(getattr(config, source.token)) for source in patch.family.sources.values()]
         self.names = list(inspect.signature(patch.base.forward).parameters)
         self.editors: dict[int, Editor] = {}
+        self.wanted: dict[Editor, Mapping[str, Score]] = {}  # statistics of the tower that methods make marks of
         self.noted: dict[Editor, dict[str, None]] = {}  # what methods had to say of the last prompts, in order
         self.until: int | None = None  # columns that the prompts of the running `generate` have, as the user counts
         self.width: int | None = None  # and what its first forward without a cache got of them
@@ -186,6 +195,11 @@ class EditsDoor:
                     f"{editor.name} and {self.editors[number].name} both edit the attention of layer {number}: "
                     "choose one, or give them different layers"
                 )
+        if wanted := getattr(editor, "wanted", lambda tower: {})(self.patch.tower):
+            Door.telling(self.patch)  # puts the encoders in place that take them
+            for source in self.patch.family.sources.values():
+                getattr(self.patch.base, source.encode).add(self.patch, list(wanted.values()))
+            self.wanted[editor] = wanted
         tap(self.patch, [self.decoder.layers[number].self_attn for number in layers])
         for number in layers:
             self.editors[number] = editor
@@ -265,6 +279,16 @@ class EditsDoor:
             more["token_type_ids"] = torch.zeros_like(ids) if types is None or types.shape != ids.shape else types
         return ImageFree.of(base, ids, text, pictured, last, self.patch.family.first_position, more)
 
+    @contextmanager
+    def beside(self, until: int) -> Iterator[None]:
+        """Other prompts, of `until` columns, run meanwhile: nothing that is noted of them is about the prompts."""
+        before, noted = self.until, self.noted
+        self.until, self.noted = until, {}
+        try:
+            yield
+        finally:
+            self.until, self.noted = before, noted
+
     def _generated(self, cache: Any) -> bool:
         """Whether what follows the cache was generated, inside `generate`."""
         held = cache.get_seq_length()
@@ -282,6 +306,8 @@ class EditsDoor:
         found: dict[str, Tensor] = {}
         for editor in dict.fromkeys(self.editors.values()):
             for picture in prompt.pictures:
+                if wanted := self.wanted.get(editor):
+                    picture = replace(picture, visual=asked(picture.visual, wanted))
                 for name, values in editor.marks(picture).items():
                     mark = found.setdefault(name, torch.zeros(rows, new, device=device))
                     mark[picture.row, picture.columns.to(device)] = values.to(mark)

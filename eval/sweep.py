@@ -28,7 +28,7 @@ from vlmfast.eval.metrics import measure as intervals
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
 from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, sole_writer, write_result
-from vlmfast.eval.tasks import TASKS, Doc, image
+from vlmfast.eval.tasks import Doc, choose, image
 from vlmfast.solving import cost_of
 from vlmfast.towers import size_of
 from vlmfast.visual import VisualTokens
@@ -94,7 +94,7 @@ class Sweep:
         self.model, processor = load_model(job.model, device=job.device, dtype=job.dtype)
         self.prompts = Prompts(processor, self.model.device, self.model.dtype)
         self.depth = self.model.config.get_text_config().num_hidden_layers
-        self.tasks = {name: TASKS[name] for name in job.hashes}
+        self.tasks = choose(list(job.hashes))
         self.docs = [doc for task in self.tasks.values() for doc in task.load(job.limit, job.seed)]
         self.scenes = list(dict.fromkeys(doc.scene for doc in self.docs))
         self.batches = self._plan()

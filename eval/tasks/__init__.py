@@ -1,12 +1,13 @@
-"""The offline tasks: one file each, listed here by hand."""
+"""The tasks: one file each, listed here by hand."""
 
 import difflib
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
-from vlmfast.eval.tasks import binding, caption, colour, count, digits, existence, relation, where, word
+from vlmfast.eval.tasks import binding, caption, chair, colour, count, digits, existence, pope, relation, where, word
 from vlmfast.eval.tasks.base import Doc, Task, image, task_hash
 
-__all__ = ["TASKS", "Doc", "Task", "choose", "image", "task_hash"]
+__all__ = ["FILES", "TASKS", "USAGES", "Doc", "Task", "choose", "image", "task", "task_hash"]
 
 TASKS: dict[str, Task] = {
     "existence": existence,
@@ -21,15 +22,35 @@ TASKS: dict[str, Task] = {
 }
 
 
+# Tasks over files of the user's, by the word before the colon.
+FILES: dict[str, Callable[[str], Task]] = {"pope": pope.Pope.of, "chair": chair.Chair.of}
+USAGES = {"pope": pope.USAGE, "chair": chair.USAGE}
+
+
+@functools.lru_cache(maxsize=16)
+def task(name: str) -> Task:
+    """The task of this name; ValueError for an unknown one, FileNotFoundError for files that are not there."""
+    if name in TASKS:
+        return TASKS[name]
+    kind, colon, _ = name.partition(":")
+    if colon and kind in FILES:
+        return FILES[kind](name)
+    known = [*TASKS, *FILES]
+    close = difflib.get_close_matches(kind, known, 1)
+    hint = f", did you mean {close[0]}?" if close else "."
+    raise ValueError(
+        f"unknown task {name!r}{hint} There are {', '.join(TASKS)}; from files {', '.join(USAGES.values())}"
+    )
+
+
 def choose(names: Sequence[str] | None) -> dict[str, Task]:
-    """The tasks of these names in the order of the table (None: all); ValueError for an unknown name."""
+    """The tasks of these names, offline ones in the order of the table (None: all of them), then those over files.
+
+    ValueError for an unknown name, FileNotFoundError for files that are not there.
+    """
     if names is None:
         return dict(TASKS)
     if not names:
         raise ValueError(f"no task chosen; there are {', '.join(TASKS)}")
-    for name in names:
-        if name not in TASKS:
-            close = difflib.get_close_matches(name, TASKS, 1)
-            hint = f", did you mean {close[0]}?" if close else "."
-            raise ValueError(f"unknown task {name!r}{hint} There are {', '.join(TASKS)}")
-    return {name: task for name, task in TASKS.items() if name in names}
+    chosen = {name: task(name) for name in names}
+    return {name: chosen[name] for name in [*TASKS, *chosen] if name in chosen}

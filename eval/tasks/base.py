@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vlmfast.eval.metrics import Totals, ratio
+from vlmfast.eval.tasks.files import pixels
 from vlmfast.eval.testbed.questions import Question, questions
 from vlmfast.eval.testbed.scenes import TEST_SCENES, Scene, scene
 
@@ -18,7 +19,10 @@ IMAGES = 70  # images a task takes when no limit is given
 
 @dataclass(frozen=True)
 class Doc:
-    """One question of a task about one image (the test scene `scene`; `number` counts the task's questions on it)."""
+    """One question of a task about one image; `number` counts the task's questions on it.
+
+    scene: the test scene; or the number that stands for `picture`, a file of the user's.
+    """
 
     task: str
     scene: int
@@ -27,6 +31,7 @@ class Doc:
     answer: str
     subtask: str = ""
     info: dict[str, Any] = field(default_factory=dict, compare=False)
+    picture: str = ""
 
     @property
     def id(self) -> str:
@@ -55,6 +60,8 @@ def scene_and_questions(index: int) -> tuple[Scene, tuple[Question, ...]]:
 
 def image(doc: Doc) -> np.ndarray:
     """The picture a document asks about, uint8 [H, W, 3]."""
+    if doc.picture:
+        return pixels(doc.picture)
     return scene_and_questions(doc.scene)[0].image
 
 

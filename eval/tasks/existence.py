@@ -13,7 +13,7 @@ from vlmfast.eval.tasks.base import Doc, documents, first
 
 HEADLINE = "accuracy"
 NEW_TOKENS = 16
-SPLITS = ("random", "popular", "adversarial")
+SPLITS = ("random", "popular", "adversarial", "all")
 
 
 def load(limit: int | None, seed: int) -> list[Doc]:

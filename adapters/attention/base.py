@@ -17,36 +17,7 @@ from vlmfast.decoders import Attention, Sizes
 from vlmfast.edits import Call, EditsDoor
 from vlmfast.layers.tokens import Placed
 from vlmfast.patching import Patch
-
-
-def which(text: str | int, depth: int, name: str = "layers") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Layers from a setting. -> (all of them, those named one by one), ascending
-
-    "all"; numbers from 0 on, negative ones from the end; ranges as Python slices them ("2:", "2:-1"); several joined
-    by slashes ("1/-14:"). Ranges are cut at the decoder's depth, as Python does. Raises ValueError for anything else
-    and for numbers that the decoder does not have.
-    """
-    if text == "all":
-        return tuple(range(depth)), ()
-    chosen: set[int] = set()
-    named: set[int] = set()
-    for piece in str(text).split("/"):
-        bounds = piece.split(":")
-        try:
-            numbers = [int(bound) if bound.strip() else None for bound in bounds]
-        except ValueError as error:
-            raise ValueError(
-                f"{name}={text!r}: 'all', numbers and ranges joined by slashes, such as 2: or 1/-14:"
-            ) from error
-        if len(numbers) == 1 and numbers[0] is not None:
-            if not -depth <= numbers[0] < depth:
-                raise ValueError(f"{name}={text!r}: this decoder has layers 0 to {depth - 1}")
-            named.add(numbers[0] % depth)
-        elif len(numbers) == 2:
-            chosen.update(range(depth)[slice(*numbers)])
-        else:
-            raise ValueError(f"{name}={text!r}: {piece!r} is neither a number nor a range such as 2:30")
-    return tuple(sorted(chosen | named)), tuple(sorted(named))
+from vlmfast.ranges import which
 
 
 def attending(model: Sizes) -> list[int]:

@@ -34,12 +34,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmfast.adapters.attention.base import HeadEdit
 from vlmfast.attention import attention_rows
 from vlmfast.decoders import Sizes
 from vlmfast.edits import Call
+from vlmfast.edits.call import aligned
 from vlmfast.edits.engine import column_sums, weighted
 from vlmfast.towers import Picture
 
@@ -102,15 +103,19 @@ class ACT(HeadEdit):
         rows = call.real[:, start : start + n_query]
         sums, lse = column_sums(call.query, call.key, call.scaling, call.seen, rows)
         counts = call.seen.counts(rows, n_key)
-        columns = torch.arange(n_key, device=sums.device)
-        if start + call.offset:
-            before_sums, before_counts = call.recall("sums"), call.recall("counts")
-            if before_sums is not None and before_counts is not None:  # a cache that was cut back counts again
-                sums, counts = sums + before_sums * (columns < start), counts + before_counts * (columns < start)
-        remember(call, "sums", sums)
-        remember(call, "counts", counts)
+        # What the rows before gave, by how many there were: a cache that was cut back goes on from fewer of them.
+        before: list[tuple[int, Tensor, Tensor]] = call.memory.setdefault("received", [])
+        count = start + call.offset
+        before[:] = [one for one in before if one[0] <= count]
+        if before:
+            _, given, seeing = before[-1]
+            sums, counts = sums + aligned(given, call.offset, n_key), counts + aligned(seeing, call.offset, n_key)
+        filled = start + n_query
+        whole, rows_of = (nn.functional.pad(one[..., :filled], (call.offset, 0)) for one in (sums, counts))
+        before.append((count + n_query, whole, rows_of))
         received = sums / counts.clamp(min=1)
         found = received > self._threshold(call.real[:, : start + n_query].sum(dim=1))
+        columns = torch.arange(n_key, device=sums.device)
         return found & call.real[:, None] & (columns != call.initial[:, None, None]), lse
 
     def _threshold(self, length: Tensor) -> Tensor | float:
@@ -158,7 +163,7 @@ class ACT(HeadEdit):
         if not len(holding):
             call.memory.pop("sinks", None)
             return call.plain()
-        remember(call, "sinks", sinks)
+        call.memory["sinks"] = nn.functional.pad(sinks, (call.offset, 0))
         edited = holding if heads is None else heads[holding]
         return call.correct(sinks[:, holding], self.factors, edited, lse=lse[:, holding], exact=self.exact)
 
@@ -186,8 +191,3 @@ class ACT(HeadEdit):
         """The scores of the edited heads, again, in all rows."""
         rows = picture.span + text
         return self.statistic(model, rows, rows)
-
-
-def remember(call: Call, name: str, values: Tensor) -> None:
-    """Keep one value a key, for `Call.recall`. values: [B, ..., K]"""
-    call.memory[name] = torch.nn.functional.pad(values, (call.offset, 0))

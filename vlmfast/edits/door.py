@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.attention import EDIT, tap
-from vlmfast.conversation import state_of
+from vlmfast.conversation import STATE, CacheState
 from vlmfast.edits.call import Call
 from vlmfast.encoding import asked
 from vlmfast.inputs import Door
@@ -298,7 +298,7 @@ class EditsDoor:
 
     def _dropped(self, cache: Any) -> int:
         """Columns that the user counts and a pruned cache does not hold."""
-        state = state_of(cache)
+        state: CacheState | None = getattr(cache, STATE, None)  # an empty cache has that of the prompt that comes
         return 0 if state is None else state.dropped
 
     def _marks(self, prompt: Prompt, rows: int, new: int, device: torch.device) -> dict[str, Tensor]:
@@ -359,7 +359,7 @@ class Generate:
 
     def __init__(self, door: EditsDoor, model: Any) -> None:
         self.door, self.original = door, model.generate
-        functools.update_wrapper(self, self.original)
+        functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""
@@ -368,7 +368,8 @@ class Generate:
             kwargs["mm_encoder_outputs"] = {name: shallow(output) for name, output in present(outputs).items()}
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         lengths = [one.shape[1] for one in (ids, mask) if one is not None and one.ndim == 2]
-        held = 0 if cache is None else int(cache.get_seq_length()) + self.door._dropped(cache)
+        held = 0 if cache is None else int(cache.get_seq_length())
+        held += self.door._dropped(cache) if held else 0
         if lengths:
             self.door.until = max(lengths) if max(lengths) > held else held + max(lengths)
         try:

@@ -29,6 +29,7 @@ from vlmfast.visual import VisualTokens, window_order
 sys.path.insert(0, str(Path(__file__).parent))  # scripts are no package
 import canvas  # noqa: E402
 import parity_attention  # noqa: E402
+import parity_decoding  # noqa: E402
 import parity_layers  # noqa: E402
 import parity_scores  # noqa: E402
 import parity_selection  # noqa: E402
@@ -129,6 +130,7 @@ SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
     "fastervlm": fastervlm,
     "hiprune": hiprune,
     **parity_attention.SETS,
+    **parity_decoding.SETS,
     **parity_layers.SETS,
     **parity_scores.SETS,
     **parity_selection.SETS,

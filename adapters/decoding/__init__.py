@@ -1,0 +1,1 @@
+"""Methods that change what is generated from the logits."""

@@ -1,0 +1,100 @@
+"""Decoding: the base of the methods that change what `generate` makes of the logits (door 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from vlmfast.adapter import GENERATION, Adapter
+from vlmfast.branches import BranchDoor
+from vlmfast.decoders import Sizes
+from vlmfast.patching import HANDLE, Patch
+from vlmfast.steps import Step, StepsDoor
+from vlmfast.towers import Picture
+
+
+def number(value: Any, low: float, high: float) -> bool:
+    """Whether a setting is a number from `low` to `high`."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding(Adapter):
+    """Change what `model.generate` returns, and nothing else: direct calls of the model are as without the method.
+
+    A method implements `neutral` (settings under which it changes nothing: nothing is installed then) and `install`.
+    One such method owns the logits of a model.
+    """
+
+    kind: ClassVar[str] = "decoding"
+    door: ClassVar[int] = GENERATION
+
+    def __post_init__(self) -> None:
+        parity = getattr(self, "parity", "repaired")
+        if parity not in ("repaired", "official"):
+            raise ValueError(f"parity={parity!r}: choose 'repaired' or 'official'")
+
+    @property
+    def neutral(self) -> bool:
+        """Whether these settings change nothing."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement neutral")
+
+    def install(self, patch: Patch) -> None:
+        """Install the method."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement install")
+
+    def attach(self, patch: Patch) -> None:
+        """Install the method where it changes something. Raises NotImplementedError beside another one of its kind."""
+        if self.neutral:
+            return
+        handle = patch.model.__dict__[HANDLE]
+        owners = [one.name for one in handle.adapters if one.door == GENERATION and not getattr(one, "neutral", False)]
+        owners += [one.branch.name for one in handle.reporters if isinstance(one, BranchDoor)]
+        if len(owners) > 1:
+            raise NotImplementedError(f"{' and '.join(owners)} both decide on the generated tokens: choose one")
+        self.install(patch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDecoding(Decoding):
+    """Decide on every token from what the model's one forward computed (see `vlmfast.steps`).
+
+    A method implements `reads`, `scores` and `what`.
+    """
+
+    def reads(self, depth: int, tied: bool) -> Sequence[int]:
+        """Behind which of `depth` layers it wants hidden states, 0: in front of the first. ValueError for others.
+
+        tied: the head's weights are those of the input embeddings.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement reads")
+
+    def scores(self, step: Step) -> Tensor:
+        """Scores of the next token, unnormalised; -inf: out. [B, V]"""
+        raise NotImplementedError(f"{type(self).__name__} does not implement scores")
+
+    def what(self, layers: Sequence[int], depth: int) -> str:
+        """What the method does, in the words of a report. layers: what it reads."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement what")
+
+    def install(self, patch: Patch) -> None:
+        """Door 4. Raises ValueError for layers that there are not."""
+        text = patch.model.config.get_text_config()
+        depth = text.num_hidden_layers
+        layers = self.reads(depth, tied(patch.model))
+        StepsDoor(patch, self.name, layers, self.scores, self.what(layers, depth))
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """The head on the hidden states that are read, for the first token."""
+        if self.neutral:
+            return 0
+        decoder = model.decoder
+        return 2 * decoder.width * decoder.vocabulary * len(self.reads(len(decoder.layers), False))
+
+
+def tied(model: Any) -> bool:
+    """Whether the head's weights are those of the input embeddings."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight

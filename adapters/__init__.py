@@ -14,6 +14,8 @@ from typing import Any
 
 from vlmfast.adapter import Adapter
 from vlmfast.adapters.attention.act import ACT
+from vlmfast.adapters.attention.pai import PAI
+from vlmfast.adapters.attention.paint import PAINT
 from vlmfast.adapters.attention.var import VAR
 from vlmfast.adapters.attention.vhr import VHR
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
@@ -47,6 +49,8 @@ __all__ = [
     "ADAPTERS",
     "DEFAULTS",
     "EVS",
+    "PAI",
+    "PAINT",
     "VAR",
     "VHR",
     "CDPruner",
@@ -93,6 +97,8 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "grid": Grid,
     "hiprune": HiPrune,
     "lscenellm": LSceneLLM,
+    "pai": PAI,
+    "paint": PAINT,
     "pyramiddrop": PyramidDrop,
     "random": Random,
     "slime": Slime,

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from vlmfast.conversation import state_of
+from vlmfast.decoders import Sizes
 from vlmfast.edits import EditsDoor
 from vlmfast.patching import HANDLE, Patch, Report
 
@@ -155,6 +156,11 @@ class ImageFreeBranch:
         """`contrast`. [R, V]"""
         return contrast(logits, branch, self.gamma, self.plausibility)
 
+    def prefill_flops(self, text: int, model: Sizes) -> int:
+        """X2 of the branch's own prompt, until its first logits (see `vlmfast.cost`)."""
+        decoder = model.decoder
+        return sum(layer.flops(text, text) for layer in decoder.layers) + 2 * decoder.width * decoder.vocabulary
+
 
 class BranchDoor:
     """Lets one method decode with a branch, on one patched model."""
@@ -193,7 +199,7 @@ class Generate:
 
     def __init__(self, door: BranchDoor, model: Any) -> None:
         self.door, self.model, self.original = door, model, model.generate
-        functools.update_wrapper(self, self.original)
+        functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original. Raises where the branch's prompt cannot be known."""

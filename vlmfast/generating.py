@@ -28,7 +28,7 @@ class PrepareInputs:
 
     def __init__(self, door: Door, model: Any) -> None:
         self.door, self.original = door, model.prepare_inputs_for_generation
-        functools.update_wrapper(self, self.original)
+        functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
 
     def __call__(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any) -> dict[str, Any]:
         """As the original, over the rewritten prompt."""
@@ -62,7 +62,7 @@ class Generate:
 
     def __init__(self, door: Door, model: Any) -> None:
         self.door, self.model, self.original = door, model, model.generate
-        functools.update_wrapper(self, self.original)
+        functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, after the checks."""

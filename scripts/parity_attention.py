@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.attention.act import ACT
+from vlmfast.adapters.attention.pai import PAI
+from vlmfast.adapters.attention.paint import PAINT
 from vlmfast.adapters.attention.var import VAR
 from vlmfast.adapters.attention.vhr import VHR, Divergence
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.attention import EDIT
+from vlmfast.branches import ImageFreeBranch
 from vlmfast.edits import Call
+from vlmfast.layers.tokens import Placed
 from vlmfast.lockstep import ImageFree
+from vlmfast.visual import VisualTokens
 
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]
@@ -77,6 +82,43 @@ def act(case: Case, array: Arrays) -> Checks:
     yield "attention", method.edit(call), array("{}__out_attn")
 
 
+def pai(case: Case, array: Arrays) -> Checks:
+    """The boosted map, or what becomes of the logits of both prompts."""
+    hyper = case["hyperparameters"]
+    if "gamma" in hyper:
+        branch = ImageFreeBranch("pai", hyper["gamma"], hyper["plausibility"])
+        yield (
+            "scores",
+            branch.combine(array("{}__in_cond_logits"), array("{}__in_uncond_logits")),
+            array("{}__out_scores"),
+        )
+        return
+    scores = array("{}__in_scores")
+    visual = torch.zeros(scores.shape[0], scores.shape[-1], dtype=torch.bool)
+    visual[:, hyper["i0"] : hyper["i1"]] = True
+    # The flag is set while the image-free prompt runs and before the first prompt: no boost in either.
+    method = PAI(alpha=hyper["alpha"] * hyper["use_attn"], gamma=1.1 if hyper["use_cfg"] else 1, parity="official")
+    call = call_of(scores, visual=visual, **({"prompt": True} if hyper["use_cfg"] else {}))
+    yield "attn", method.edit(call), array("{}__out_attn")
+
+
+def paint(case: Case, array: Arrays) -> Checks:
+    """The two sets of visual tokens, and the map boosted on them."""
+    hyper, scores = case["hyperparameters"], array("{}__in_scores")
+    n, begin = hyper["nv"], hyper["i0"]
+    method = PAINT(**{name: hyper[name] for name in ("alpha", "beta", "ratio")}, gamma=1, parity="official")
+    rows = {"early": "{}__in_vit_cls_layer0", "late": "{}__in_vit_cls_layer_m2"}
+    rows_of = {name: array(row).mean(0)[-n:] for name, row in rows.items()}
+    visual = VisualTokens(torch.empty(n, 1), (1, 1, n), n + 1, scores=rows_of)
+    columns = torch.arange(begin, begin + n)
+    codes = method.marks(Placed(0, 0, visual, columns, torch.arange(n), columns[:0]))["paint"]
+    yield "local", codes == 1, array("{}__out_local_mask")
+    yield "summary", codes == 2, array("{}__out_summary_mask")
+    marks = torch.zeros(scores.shape[0], scores.shape[-1])
+    marks[:, columns] = codes.float()
+    yield "attn", method.edit(call_of(scores, visual=marks > 0, marks={"paint": marks})), array("{}__out_attn")
+
+
 def var(case: Case, array: Arrays) -> Checks:
     """Sinks, the rows that look at the picture and those that are rewritten, and the redistributed map."""
     hyper, shown = case["hyperparameters"], array("{}__in_attn")
@@ -104,9 +146,9 @@ def var(case: Case, array: Arrays) -> Checks:
     yield "sinks", memory["sinks"].any(0).nonzero().flatten(), array("{}__out_sink_indices")
     classes = method.classes(call)
     masses = torch.stack([(shown * member[:, :, None]).sum(-1) for member in classes], dim=-1)
-    selected = method.selected(masses, visual.sum(1), classes[1].any(-1)[:, 0])
+    selected = method.selected(masses, visual.sum(1)) & classes[1].any()  # none in a layer without a visual sink
     yield "selected", selected, array("{}__out_selected")
-    yield "modified", selected & call.after_visual[:, None], array("{}__out_modified")
+    yield "modified", selected & method.rows(call)[:, None], array("{}__out_modified")
     yield "attention", edited, array("{}__out_attn")
 
 
@@ -162,6 +204,8 @@ def vhr_paper(case: Case, array: Arrays) -> Checks:
 
 SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
     "act": act,
+    "pai": pai,
+    "paint": paint,
     "var": var,
     "vhr_paper": vhr_paper,
     "zerotuning": zerotuning,

@@ -1,4 +1,4 @@
-"""Command line: ``vlmfast list | run | eval | bench | report``.
+"""Command line: ``vlmfast list | run | sinks | eval | heads | bench | report``.
 
 The only core file that may import upwards, and only inside the commands: help must not wait for torch.
 """
@@ -217,6 +217,37 @@ def run(
 
 
 @app.command(
+    epilog="""\b
+examples:
+  vlmfast sinks --model testbed:llava --image photo.png
+  vlmfast sinks --model llava-hf/llava-1.5-7b-hf --image photo.jpg --prompt "What is on the table?" --dims 1415/2533
+""",
+)
+def sinks(
+    model: Model,
+    image: Annotated[Path, typer.Option(metavar="FILE", help="The picture.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The question.")] = "describe the picture .",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="PNG of what every layer does.")] = Path("sinks.png"),
+    dims: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="Sink dimensions, such as 1415/2533 (default: listed for the model or found)."
+        ),
+    ] = None,
+    tau: Annotated[float | None, typer.Option(metavar="X", help="A sink is larger than this (default: 20).")] = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Find attention sinks: tokens, dimensions, shares.
+
+    Prints a table with a line a layer and the sink metric; writes a PNG of the same.
+    """
+    from vlmfast.eval import sinks as finding
+
+    finding.run(model, image, prompt, out, dims=dims, tau=tau, device=device or best_device(), dtype=dtype)
+
+
+@app.command(
     "eval",
     epilog="""\b
 examples:
@@ -268,6 +299,54 @@ def evaluate(
         typer.echo(f"vlmfast: interrupted; what is done is in {out}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
     report.make(out)
+
+
+@app.command(
+    epilog="""\b
+examples:
+  vlmfast heads --model testbed:llava --method zerotuning:gamma=2 --task existence --limit 20 --out heads.json
+  vlmfast heads --model testbed:llava --method act:layers=1: --margin 0.01 --top 0.4 --out act-heads.json
+  vlmfast eval --model testbed:llava --method zerotuning:gamma=2,heads=heads.json --task existence
+""",
+)
+def heads(
+    model: Model,
+    method: Annotated[str, typer.Option(metavar="SPEC", help="One method that edits heads; its layers are searched.")],
+    task: Tasks = None,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="NAME.json of the heads; every score goes to NAME.scores.json.")
+    ] = Path("heads.json"),
+    limit: Annotated[int | None, _number("Images per task (default: what each task takes).")] = None,
+    margin: Annotated[
+        float, typer.Option(metavar="X", help="A head helps that scores this much more than the unpatched model.")
+    ] = 0.0,
+    top: Annotated[
+        str | None, typer.Option(metavar="N", help="Take the best of them alone: a share (0.4) or a number (8).")
+    ] = None,
+    seed: Annotated[int, _number("Draws the images and the intervals.", 0)] = 0,
+    batch: Annotated[int, _number("Questions answered at a time.")] = 64,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Choose the heads that a method edits.
+
+    Edits each head alone and asks questions about pictures that no evaluation uses; writes the heads that help, for
+    the setting heads=FILE. An interrupted search goes on; --margin and --top choose again from the same scores.
+    """
+    best = parse_keeps(top) if top is not None else [None]
+    if len(best) != 1:
+        raise ValueError(f"--top {top!r}: one share such as 0.4, or one number of heads such as 8")
+    from vlmfast.eval import heads as search
+
+    settings: dict[str, Any] = {"limit": limit, "margin": margin, "top": best[0], "seed": seed, "batch": batch}
+    settings |= {"device": device or best_device(), "dtype": dtype}
+    try:
+        found = search.profile(model, method, task or None, out, **settings)
+    except KeyboardInterrupt:
+        typer.echo(f"vlmfast: interrupted; the same command goes on from {out.with_suffix('.scores.json')}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    search.show(found, found.chosen(margin, best[0]))
+    typer.echo(f"\nheads  {out}\nscores {out.with_suffix('.scores.json')}")
 
 
 @app.command(

@@ -255,6 +255,7 @@ class Watch(Adapter):
     name: ClassVar[str] = "find_sinks"
     door: ClassVar[int] = ATTENTION
     needs_visual: ClassVar[bool] = True
+    compares: ClassVar[bool] = False
     look: Callable[[Call], None]
 
     def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:

@@ -12,11 +12,13 @@ head's row of attention a is edited if it looks at the picture, and not at its s
     a_j' = p a_j                          sinks, of text and picture alike
     a_j' = a_j (1 + (1 - p) W_S / W_I)    other visual tokens;   W_S, W_I what the row pays to either
 
-and all other keys keep theirs, so that the row still sums to 1. Rows: text behind a visual token, and generated
-tokens. Shapes: masses of (text sinks, image sinks, other image) [B, H, Q, 3] -> factors [B, H, Q, 3]. A prompt without
-a visual sink in a layer stays as it is there. Defaults: the code's p=0.6, rho=0.5, tau=20, summ=0.2, and layers 2 to
-the last but one. The code and the paper give two numbers another meaning, so there are two settings for each: p is the
-share that sinks keep, `budget` = 1 - p what they give away; s <= rho here is 1 - s >= `rho_paper` = 1 - rho there (the
+and all other keys keep theirs, so that the row still sums to 1. Rows: text behind a visual sink, and generated
+tokens; a prompt without a visual sink in a layer stays as it is there. Shapes: masses of (text sinks, visual sinks,
+other visual tokens) [B, H, Q, 3] -> factors [B, H, Q, 3]. Defaults: the code's p=0.6, rho=0.5, tau=20, summ=0.2, and
+layers 2 to the last but one.
+
+The code and the paper give two numbers another meaning, so there are two settings for each: p is the share that sinks
+keep, `budget` = 1 - p what they give away; s <= rho here is 1 - s >= `rho_paper` = 1 - rho there (the
 paper: 0.8 for general questions, 0.5 against hallucination, 0.9 for vision-centric tasks). phi > tau is strict, as in
 the code (the paper: >=).
 
@@ -184,32 +186,39 @@ class VAR(AttentionEdit):
         text, image, others = sinks & ~call.visual, sinks & call.visual, call.visual & ~sinks
         return text[:, None], image[:, None], others[:, None]
 
-    def selected(self, masses: Tensor, n: Tensor, some: Tensor) -> Tensor:
-        """Which rows of which heads are edited. bool [B, H, Q]
+    def rows(self, call: Call) -> Tensor:
+        """Rows of text behind a visual sink, and generated ones of prompts that have one. bool [B, Q]"""
+        sinks = self.classes(call)[1][:, 0]
+        if not call.prompt:
+            return sinks.any(1, keepdim=True).expand(-1, call.query.shape[2])
+        columns = call.start + torch.arange(call.query.shape[2], device=sinks.device)
+        return call.after_visual & (sinks.long().cumsum(1) > 0)[:, columns]
 
-        masses: [B, H, Q, 3], see `classes`. n: [B] visual tokens. some: bool [B], whether one of them is a sink.
+    def selected(self, masses: Tensor, n: Tensor) -> Tensor:
+        """Which rows of which heads look at the picture, and not at its sinks only. bool [B, H, Q]
+
+        masses: [B, H, Q, 3], see `classes`. n: [B] visual tokens.
         """
         looks = masses[..., 1] + masses[..., 2]
         share = masses[..., 1] / (looks + EPS * n[:, None, None])
-        return (share <= self.limit) & (looks >= self.summ) & (masses[..., 2] > 0) & some[:, None, None]
+        return (share <= self.limit) & (looks >= self.summ) & (masses[..., 2] > 0)
 
-    def factors(self, masses: Tensor, n: Tensor, some: Tensor) -> Tensor:
+    def factors(self, masses: Tensor, n: Tensor) -> Tensor:
         """Factors of the three classes; see `selected`. [B, H, Q, 3] -> [B, H, Q, 3]"""
-        chosen = self.selected(masses, n, some)
+        chosen = self.selected(masses, n)
         sinks = masses[..., 0] + masses[..., 1]
         gain = 1 + (1 - self.kept) * sinks / masses[..., 2].masked_fill(~chosen, 1.0)
         kept = torch.full_like(gain, self.kept)
         return torch.where(chosen[..., None], torch.stack([kept, kept, gain], dim=-1), 1.0)
 
     def edit(self, call: Call) -> Tensor:
-        """Rows of text behind a visual token, and generated tokens."""
+        """The rows of `rows`; `find` comes first, also where there is no picture yet."""
         if call.prompt:
             self.find(call)
         if not call.memory.get(ACTIVE):
             return call.plain()
-        classes = self.classes(call)
-        n, some = call.visual.sum(1), classes[1].any(-1)[:, 0]
-        return call.redistribute(classes, lambda masses: self.factors(masses, n, some), call.after_visual)
+        n = call.visual.sum(1)
+        return call.redistribute(self.classes(call), lambda masses: self.factors(masses, n), self.rows(call))
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """Scores and values of the text's rows, again: all of it, as if the picture came first."""

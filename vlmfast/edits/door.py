@@ -68,6 +68,19 @@ class Editor(Protocol):
         ...
 
 
+class Watcher(Protocol):
+    """What the door needs of a method that looks at attention and changes nothing."""
+
+    @property
+    def active(self) -> bool:
+        """Whether it wants to see the forward that runs."""
+        ...
+
+    def watch(self, call: Call) -> None:
+        """See one call, as it is before another method edits it."""
+        ...
+
+
 @runtime_checkable
 class Summing(Protocol):
     """A method that sums up what its calls noted, layer by layer, before it is reported."""
@@ -167,6 +180,7 @@ class EditsDoor:
         self.tokens = [int(getattr(config, source.token)) for source in patch.family.sources.values()]
         self.names = list(inspect.signature(patch.base.forward).parameters)
         self.editors: dict[int, Editor] = {}
+        self.watchers: dict[int, Watcher] = {}
         self.wanted: dict[Editor, Mapping[str, Score]] = {}  # statistics of the tower that methods make marks of
         self.noted: dict[Editor, dict[str, None]] = {}  # what methods had to say of the last prompts, in order
         self.until: int | None = None  # columns that the prompts of the running `generate` have, as the user counts
@@ -185,11 +199,7 @@ class EditsDoor:
         """
         layers = tuple(editor.where(self.attends, self.depth))
         for number in layers:
-            module = self.decoder.layers[number].self_attn
-            if getattr(module, "attn_logit_softcapping", None) is not None:
-                raise NotImplementedError(f"{editor.name}: attention with capped logits ({type(module).__name__})")
-            if getattr(module, "sinks", None) is not None:
-                raise NotImplementedError(f"{editor.name}: attention with learned sinks ({type(module).__name__})")
+            self._check(editor.name, number)
             if number in self.editors:
                 raise NotImplementedError(
                     f"{editor.name} and {self.editors[number].name} both edit the attention of layer {number}: "
@@ -200,11 +210,36 @@ class EditsDoor:
             for source in self.patch.family.sources.values():
                 getattr(self.patch.base, source.encode).add(self.patch, list(wanted.values()))
             self.wanted[editor] = wanted
-        tap(self.patch, [self.decoder.layers[number].self_attn for number in layers])
         for number in layers:
+            self._enter(number)
             self.editors[number] = editor
-            self.patch.hook(self.decoder.layers[number], Enter(self, number), before=True, first=False)
         return layers
+
+    def watch(self, name: str, number: int, watcher: Watcher) -> None:
+        """Let a method look at the attention of a layer, beside the one that edits it. One method looks at a layer.
+
+        Raises NotImplementedError as `add` does.
+        """
+        self._check(name, number)
+        if number in self.watchers:
+            raise NotImplementedError(f"{name} and another method both look at the attention of layer {number}")
+        self._enter(number)
+        self.watchers[number] = watcher
+
+    def _check(self, name: str, number: int) -> None:
+        """Refuse layers whose attention is more than softmax(q k^T) v."""
+        module = self.decoder.layers[number].self_attn
+        if getattr(module, "attn_logit_softcapping", None) is not None:
+            raise NotImplementedError(f"{name}: attention with capped logits ({type(module).__name__})")
+        if getattr(module, "sinks", None) is not None:
+            raise NotImplementedError(f"{name}: attention with learned sinks ({type(module).__name__})")
+
+    def _enter(self, number: int) -> None:
+        """Put the hook in front of a layer, once."""
+        if number in self.editors or number in self.watchers:
+            return
+        tap(self.patch, [self.decoder.layers[number].self_attn])
+        self.patch.hook(self.decoder.layers[number], Enter(self, number), before=True, first=False)
 
     # --- hooks -------------------------------------------------------------------------------------------------
 
@@ -214,7 +249,7 @@ class EditsDoor:
         prompt: Prompt | None = given.get(PROMPT)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         like = embeds if ids is None else ids
-        if like is None or not self.editors:
+        if like is None or not (self.editors or self.watchers):
             return args, kwargs
         one = self._pass(ids, like, given.get("attention_mask"), given.get("past_key_values"), prompt)
         comparing = [number for number, editor in self.editors.items() if editor.compares]
@@ -323,9 +358,10 @@ class EditsDoor:
             notes += editor.remarks(said) if isinstance(editor, Summing) else said
         return replace(report, notes=(*report.notes, *notes))
 
-    def note(self, editor: Editor, text: str) -> None:
+    def note(self, editor: Editor | None, text: str) -> None:
         """A method has something to say of the running prompts."""
-        self.noted.setdefault(editor, {}).setdefault(text)
+        if editor is not None:
+            self.noted.setdefault(editor, {}).setdefault(text)
 
 
 def spelled(numbers: Sequence[int]) -> str:
@@ -380,7 +416,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Enter:
-    """Pre-hook of an edited decoder layer, behind those that take tokens away."""
+    """Pre-hook of an edited or watched decoder layer, behind those that take tokens away."""
 
     door: EditsDoor
     number: int
@@ -394,6 +430,9 @@ class Enter:
         cache = kwargs.get("past_key_values")
         if cache is not None and getattr(cache, EDITS, None) is not one.memory:
             setattr(cache, EDITS, one.memory)
+        watcher = self.door.watchers.get(self.number)
+        if self.number not in self.door.editors and not (watcher is not None and watcher.active):
+            return args, kwargs
         turn = Turn(self.door, one, self.number, hidden, cache, kwargs.get(PASS))
         return args, {**kwargs, EDIT: turn}
 
@@ -430,6 +469,7 @@ class Turn:
         if same not in self.one.known:
             self.one.known[same] = self._tokens(n_key, query.shape[2])
         causal = kwargs.get("is_causal")
+        editor, watcher = self.door.editors.get(self.number), self.door.watchers.get(self.number)
         call = Call(
             layer=self.number,
             depth=self.door.depth,
@@ -448,9 +488,11 @@ class Turn:
             memory=self.one.memory.layers.setdefault(self.number, {}),
             own=own,
             **self.one.known[same],
-            note=functools.partial(self.door.note, self.door.editors[self.number]),
+            note=functools.partial(self.door.note, editor),
         )
-        return self.door.editors[self.number].edit(call).transpose(1, 2).contiguous()
+        if watcher is not None and watcher.active:
+            watcher.watch(call)
+        return own() if editor is None else editor.edit(call).transpose(1, 2).contiguous()
 
     def _tokens(self, n_key: int, count: int) -> dict[str, Any]:
         """What the keys and the queries of this layer are, as `Call` has it."""

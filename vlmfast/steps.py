@@ -152,7 +152,7 @@ class Generate:
 
     def __init__(self, door: StepsDoor, model: Any) -> None:
         self.door, self.original = door, model.generate
-        functools.update_wrapper(self, self.original)
+        functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original."""

@@ -232,12 +232,12 @@ def test_heads_stay_chosen_in_further_turns(vlm):
         torch.testing.assert_close(logits, vlm.model(**whole).logits[:, -1], rtol=1e-3, atol=2e-4)
 
 
-def test_without_a_cache_the_prompt_alone_chooses(vlm):
-    inputs = vlm.prompts(ROWS)
+def test_without_a_cache_the_prompt_alone_chooses(any_vlm):
+    inputs = any_vlm.prompts(ROWS)
     for joined in ("", "+random:keep=0.5"):
-        with vlmfast.patch(vlm.model, "vhr:alpha=3,layers=all" + joined):
-            cached = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
-            again = vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
+        with vlmfast.patch(any_vlm.model, "vhr:alpha=3,layers=all" + joined):
+            cached = any_vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            again = any_vlm.model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False)
         assert torch.equal(cached, again)
 
 
@@ -285,6 +285,12 @@ def test_the_stream_is_not_collected(vlm):
         found = vlm.model(**inputs, **wanted).hidden_states
     assert [one.shape for one in found] == [one.shape for one in plain]
     assert torch.equal(found[0], plain[0]) and torch.equal(found[1], plain[1]) and not torch.equal(found[2], plain[2])
+    one = build(vlm.name)
+    one.model.set_attn_implementation({"text_config": "eager"})
+    with vlmfast.patch(one.model, VHR(layers=2)):
+        maps = one.model(**inputs, output_attentions=True).attentions
+    width = inputs["input_ids"].shape[1]
+    assert [known.shape[-1] for known in maps] == [width] * 2, "of the layers that are not edited"
 
 
 def test_an_error_while_noting_leaves_the_layers_whole(vlm, monkeypatch):

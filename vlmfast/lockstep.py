@@ -128,14 +128,9 @@ class ImageFree:
             "use_cache": False,
             **{name: taken(values) for name, values in (more or {}).items()},
         }
-
-        def note() -> dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]]:
-            with torch.no_grad(), _noting(layers) as noted:
-                base.forward(**inputs)
-            return noted
-
-        # An empty context: what transformers collects of the prompts' hidden states is none of the stream's.
-        return cls(layers, rows, mask, last, _noted=Context().run(note))
+        with torch.no_grad(), _noting(layers) as noted:
+            base.forward(**inputs)
+        return cls(layers, rows, mask, last, _noted=noted)
 
     def through(self, number: int, edit: Heads) -> None:
         """Take the stream through the layers up to `number`, whose attention is edited.
@@ -144,6 +139,7 @@ class ImageFree:
         """
         if number < self._next:
             raise ValueError(f"layer {number} of the image-free stream has passed")
+        # An empty context: what transformers collects of the prompts' layers (attention maps, ...) has none of these.
         Context().run(self._through, number, edit)
         if number >= self.last:
             self._noted, self._hidden = {}, None

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from vlmfast.eval.report import plot, samples, table, text
+from vlmfast.eval.report import attention, effect, plot, samples, table, text
+from vlmfast.eval.report.frame import across, down
 from vlmfast.eval.report.rows import UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
-
-WIDTH, HEIGHT = 300, 190  # of one small chart, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 34, 8, 10, 30
 
 
 def render(sections: Sequence[Section]) -> str:
@@ -48,6 +46,10 @@ def render(sections: Sequence[Section]) -> str:
         leads=[lead(section) for section in sections],
         charts={section.title: [_chart(section, task.name) for task in section.tasks] for section in sections},
         details=_details,
+        attention=attention,
+        watched=[section for section in sections if attention.measured(section)],
+        effect=effect,
+        affected=[section for section in sections if effect.edited(section)],
         metric=text.metric,
         columns=COLUMNS,
         notes={section.title: table.notes(section) for section in sections},
@@ -97,6 +99,8 @@ def lead(section: Section) -> list[str]:
         cost = "" if base.flops is None else f" for {text.gflops(base.flops)} GFLOPs of prefill"
         first = "" if base.ttft is None else f" and {text.timing(base.ttft)} ms to the first token"
         sentences.append(f"Unpatched: {text.interval(base.accuracy)} % mean accuracy{cost}{first}.")
+    if told := effect.summary(section):
+        sentences.append(told)
     shares = [keep for keep in section.keeps if isinstance(keep, float) and keep < 1]
     if not shares:
         return sentences
@@ -145,10 +149,10 @@ def _chart(section: Section, task: str) -> dict[str, Any]:
     start = min((row.share or 0.0 for row in rows), default=0.0) - 0.03
 
     def x(share: float) -> float:
-        return round(LEFT + (share - start) / (1.03 - start) * (WIDTH - LEFT - RIGHT), 1)
+        return across((share - start) / (1.03 - start))
 
     def y(value: float) -> float:
-        return round(TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+        return down((high - value) / (high - low))
 
     lines = []
     for label in (*section.labels, UNPATCHED):

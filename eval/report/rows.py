@@ -10,6 +10,7 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from vlmfast.adapters import ADAPTERS
 from vlmfast.eval.results import Metric, Result
 
 CONTROLS = ("random", "grid")
@@ -67,6 +68,12 @@ class Row:
     def control(self) -> bool:
         """Whether the method is there for comparison only."""
         return self.result.method in CONTROLS
+
+    @property
+    def edits(self) -> bool:
+        """Whether a method edits attention."""
+        names = self.result.method.split("+")
+        return any(name in ADAPTERS and ADAPTERS[name].kind == "attention" for name in names)
 
     @property
     def keep_text(self) -> str:

@@ -1,15 +1,18 @@
 """The report as tables in the terminal: accuracy never without cost, cost never without its convention."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from vlmfast.eval.report import text
+from vlmfast.eval.report import effect, text
 from vlmfast.eval.report.rows import Row, Section
 
 MARK = "†"
+VERDICTS = {1: "▲", -1: "▼", 0: " "}
 WIDEST = 124  # columns that the tables need at most; used where the output is not a terminal
 
 
@@ -30,6 +33,7 @@ def render(section: Section, *, narrow: bool = False) -> Group:
         Text(),
         per_task(section, narrow=narrow),
         Text(),
+        *(part for table in _effects(section, narrow) for part in (table, Text())),
         *(Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes(section)),
     )
 
@@ -85,6 +89,34 @@ def per_task(section: Section, *, narrow: bool = False) -> Table:
     return table
 
 
+def of_edits(section: Section, columns: Sequence[effect.Column], title: str, *, narrow: bool = False) -> Table:
+    """What editing attention changes, one row a run: value, paired difference and, unless ``narrow``, its interval."""
+    table = _table(f"Effect of attention edits, {title}", narrow)
+    table.columns.pop()  # keep
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
+    for column in columns:
+        table.add_column(f"{column.task}\n{column.head}", justify="right", no_wrap=True)
+    for row in effect.edited(section):
+        table.add_row(
+            Text(effect.name(row), style="bold" if row.unpatched else ""),
+            *(_effect(column, effect.cell(row, column), narrow) for column in columns),
+            end_section=not narrow,
+        )
+    return table
+
+
+def _effect(column: effect.Column, cell: effect.Cell | None, narrow: bool) -> str:
+    """A metric of a run; ``narrow``: the difference alone."""
+    if cell is None:
+        return text.MISSING
+    value = effect.written(column, cell.value)
+    if cell.difference is None:
+        return f"{value} "
+    difference = effect.written(column, cell.difference, difference=True) + VERDICTS[cell.verdict]
+    ends = text.metric(column.metric, cell.difference, difference=True).partition(" ")[2]
+    return difference if narrow else f"{value} {difference}\n{ends} ".replace("[", "\\[")
+
+
 def notes(section: Section) -> list[str]:
     """What a reader must know to read the numbers."""
     lines = [
@@ -99,6 +131,8 @@ def notes(section: Section) -> list[str]:
         lines.append("Speed-up: unpatched TTFT over this TTFT, both measured in turns in one process.")
     if any(row.beaten or row.beaten_tasks for row in section.rows):
         lines.append(f"{MARK} random pruning at the same keep scores higher.")
+    if effect.edited(section):
+        lines.append("Attention edits: ▲ better and ▼ worse where the interval of the difference excludes zero.")
     if section.baseline is None:
         lines.append("There is no unpatched run among the results: run vlmfast eval with --method none.")
     return lines
@@ -111,6 +145,16 @@ def _table(title: str, narrow: bool) -> Table:
     table.add_column("method", no_wrap=True)
     table.add_column("keep", justify="right", no_wrap=True)
     return table
+
+
+def _effects(section: Section, narrow: bool) -> list[Table]:
+    """The tables of the runs that edit attention: answers in a word, and captions."""
+    shown = effect.columns(section)
+    groups = {
+        "questions": [column for column in shown if column.task != "caption"],
+        "captions": [column for column in shown if column.task == "caption"],
+    }
+    return [of_edits(section, columns, title, narrow=narrow) for title, columns in groups.items() if columns]
 
 
 def _name(row: Row) -> tuple[Text, str]:

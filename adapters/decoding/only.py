@@ -26,22 +26,19 @@ that see no picture decode plainly.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmfast.adapters.decoding.base import Decoding, number
 from vlmfast.decoders import Attention, Sizes
-from vlmfast.edits import Call, EditsDoor
-from vlmfast.edits.engine import masked_scores, weighted
 from vlmfast.layers.cache import window_of
-from vlmfast.layers.tokens import Placed
 from vlmfast.patching import Patch
 from vlmfast.ranges import which
-from vlmfast.steps import Step, StepsDoor
+from vlmfast.sidepath import SidePath
 from vlmfast.towers import Picture
 
 MAIN = 0.2  # share of the last layer's input that the side path is given
@@ -136,9 +133,15 @@ class ONLY(Decoding):
             return scores
         return scores.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(self.beta), -torch.inf)
 
+    def aside(self, shown: Tensor, text: Tensor, image: Tensor) -> Tensor:
+        """The map that looks at the text. [B, H, 1, K]"""
+        return textual(shown, text, image)[0]
+
     def install(self, patch: Patch) -> None:
-        """Door 4, and door 3 to see one row of one layer's attention. NotImplementedError where that is edited."""
-        SidePath(self, patch)
+        """Door 4, and a look at one row of one layer's attention."""
+        decoder = patch.base.get_decoder()
+        attends = [n for n, one in enumerate(decoder.layers) if getattr(one, "self_attn", None) is not None]
+        SidePath(patch, self, self.where(decoder.config, attends, len(decoder.layers)), MAIN)
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """One row again in one layer, and one token through a feed-forward net and the head."""
@@ -152,84 +155,3 @@ class ONLY(Decoding):
         assert isinstance(layer.mixer, Attention)
         row = 2 * layer.statistic(1, picture.span + text) + 2 * layer.width * layer.mixer.query
         return int(row + 2 * last.width * (3 * last.ff + last.router) + 2 * decoder.width * decoder.vocabulary)
-
-
-class SidePath:
-    """The side path of one patched model: it watches one layer's attention, and takes its output to the head.
-
-    What one forward notes is used up by its end.
-    """
-
-    needs_visual, compares = True, False
-
-    def __init__(self, method: ONLY, patch: Patch) -> None:
-        self.method, self.name = method, method.name
-        edits = EditsDoor.of(patch)
-        self.layer = method.where(edits.config, edits.attends, edits.depth)
-        watched, self.last = edits.decoder.layers[self.layer], edits.decoder.layers[-1]
-        self.attention = watched.self_attn
-        self.context: Tensor | None = None  # [B, H d] what o_proj is to be given
-        self.pictured: Tensor | None = None  # bool [B]
-        self.plain: Tensor | None = None  # [B, H d] what the attention gave
-        self.behind = edits.depth - 1
-        self.steps = StepsDoor(
-            patch, self.name, [self.behind], self.scores, f"compares with the attention of layer {self.layer} to text"
-        )
-        edits.add(self)
-        if self.attention.q_proj.out_features != self.attention.o_proj.in_features:  # queries and a gate
-            patch.hook(self.attention.o_proj, self.before_projection, before=True, first=False)
-
-    def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:
-        """The layer that is watched."""
-        return [self.layer]
-
-    def marks(self, picture: Placed) -> Mapping[str, Tensor]:
-        """Nothing more need be known."""
-        return {}
-
-    def edit(self, call: Call) -> Tensor:
-        """The attention as it is; beside it, inside `generate`, the last row as it would look at the text."""
-        plain = call.plain()
-        if not self.steps.running:
-            return plain
-        final = call.query.shape[2] - 1
-        row = torch.tensor([final], device=call.query.device)
-        scores = masked_scores(call.query[:, :, final:], call.key, call.scaling, call.seen.take(row), slice(None))
-        seen = scores[:, :1].isfinite()
-        columns = torch.arange(scores.shape[-1], device=scores.device)
-        image = seen & call.visual[:, None, None]
-        text = seen & ~image & (columns != call.initial[:, None])[:, None, None]
-        edited, _, _ = textual(scores.softmax(-1), text, image)
-        self.context = weighted(edited, call.value).to(plain.dtype).flatten(1)
-        self.plain = plain[:, :, final].flatten(1)
-        self.pictured = image.flatten(1).any(1)
-        return plain
-
-    def before_projection(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pre-hook of o_proj behind a gate, which the side path passes as well."""
-        if self.plain is None or self.context is None:
-            return
-        given, plain = (args[0] if args else kwargs["input"])[:, -1], self.plain
-        self.plain = None
-        gate = given.float() / plain.float()
-        self.context = (self.context.float() * gate.nan_to_num(0.0)).to(given.dtype)
-
-    def scores(self, step: Step) -> Tensor:
-        """The side path from o_proj to the head, and what becomes of both logits. [B, V]"""
-        context, pictured, last = self.context, self.pictured, self.last
-        self.context = self.pictured = self.plain = None
-        assert context is not None and pictured is not None
-        beside = last.input_layernorm(self.attention.o_proj(context[:, None]))
-        hidden = MAIN * step.hidden(self.behind)[:, None] + beside.to(step.hidden(self.behind).device)
-        side = step.head(step.norm(fed_forward(last, hidden)))[:, 0]
-        return torch.where(pictured[:, None].to(side.device), self.method.combine(step.logits, side), step.logits)
-
-
-def fed_forward(layer: Any, hidden: Tensor) -> Tensor:
-    """A decoder layer without its attention: hidden states through its feed-forward net, and themselves. [B, L, D]"""
-    before = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
-    after = getattr(layer, "post_feedforward_layernorm", None)
-    output = layer.mlp(before(hidden))
-    output = output[0] if isinstance(output, tuple) else output
-    result: Tensor = hidden + (output if after is None else after(output))
-    return result

@@ -95,11 +95,15 @@ class Sweep:
         self.prompts = Prompts(processor, self.model.device, self.model.dtype)
         self.depth = self.model.config.get_text_config().num_hidden_layers
         self.tasks = choose(list(job.hashes))
-        self.docs = [doc for task in self.tasks.values() for doc in task.load(job.limit, job.seed)]
+        self.docs = self.documents()
         self.scenes = list(dict.fromkeys(doc.scene for doc in self.docs))
         self.batches = self._plan()
         self.samples = fixed_samples(self.docs)
         self.pictures = self._encode()
+
+    def documents(self) -> list[Doc]:
+        """The questions."""
+        return [doc for task in self.tasks.values() for doc in task.load(self.job.limit, self.job.seed)]
 
     def row(self, doc: Doc) -> Row:
         """The tokens of a document's prompt."""
@@ -128,7 +132,7 @@ class Sweep:
             try:
                 visual = encode_images(self.model, methods, **inputs)
             except Exception as error:
-                what = f"encoding the pictures of the test scenes {', '.join(map(str, scenes))}"
+                what = f"encoding the pictures of the {first[scenes[0]].split} scenes {', '.join(map(str, scenes))}"
                 raise RuntimeError(failure(self.job.model, what, error)) from error
             others = {name: value for name, value in inputs.items() if len(value) == len(scenes)}
             others.pop("pixel_values", None)

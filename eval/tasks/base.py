@@ -12,7 +12,7 @@ import numpy as np
 from vlmfast.eval.metrics import Totals, ratio
 from vlmfast.eval.tasks.files import pixels
 from vlmfast.eval.testbed.questions import Question, questions
-from vlmfast.eval.testbed.scenes import TEST_SCENES, Scene, scene
+from vlmfast.eval.testbed.scenes import TEST_SCENES, Scene, Split, scene
 
 IMAGES = 70  # images a task takes when no limit is given
 
@@ -21,7 +21,7 @@ IMAGES = 70  # images a task takes when no limit is given
 class Doc:
     """One question of a task about one image; `number` counts the task's questions on it.
 
-    scene: the test scene; or the number that stands for `picture`, a file of the user's.
+    scene: the scene of `split`; or the number that stands for `picture`, a file of the user's.
     """
 
     task: str
@@ -32,11 +32,12 @@ class Doc:
     subtask: str = ""
     info: dict[str, Any] = field(default_factory=dict, compare=False)
     picture: str = ""
+    split: Split = "test"
 
     @property
     def id(self) -> str:
         """Names the question in result files and error messages."""
-        return f"{self.task}/{self.scene}/{self.number}"
+        return f"{'' if self.split == 'test' else self.split + ':'}{self.task}/{self.scene}/{self.number}"
 
 
 class Task(Protocol):
@@ -52,30 +53,31 @@ class Task(Protocol):
 
 
 @functools.lru_cache(maxsize=TEST_SCENES)
-def scene_and_questions(index: int) -> tuple[Scene, tuple[Question, ...]]:
-    """A test scene and its questions; tasks share scenes."""
-    shown = scene("test", index)
-    return shown, tuple(questions(shown, "test", index))
+def scene_and_questions(index: int, split: Split = "test") -> tuple[Scene, tuple[Question, ...]]:
+    """A scene and its questions; tasks share scenes."""
+    shown = scene(split, index)
+    return shown, tuple(questions(shown, split, index))
 
 
 def image(doc: Doc) -> np.ndarray:
     """The picture a document asks about, uint8 [H, W, 3]."""
     if doc.picture:
         return pixels(doc.picture)
-    return scene_and_questions(doc.scene)[0].image
+    return scene_and_questions(doc.scene, doc.split)[0].image
 
 
-def documents(task: str, limit: int | None, seed: int, images: int = IMAGES) -> list[Doc]:
-    """All questions of a task on the first `limit` test scenes that have any, in the order that `seed` draws.
+def documents(task: str, limit: int | None, seed: int, images: int = IMAGES, split: Split = "test") -> list[Doc]:
+    """All questions of a task on the first `limit` scenes that have any, in the order that `seed` draws.
 
-    A smaller limit takes a part of what a larger one takes; None takes `images`. Beyond the test split there is
-    nothing to draw: a limit above it takes the whole split.
+    split: "test"; or "validation", for what is chosen by its scores: none of its scenes is a test scene. A smaller
+    limit takes a part of what a larger one takes; None takes `images`. There are as many scenes to draw from as the
+    test split has: a limit above takes them all.
     """
     docs: list[Doc] = []
     left = images if limit is None else limit
     for index in np.random.default_rng(seed).permutation(TEST_SCENES).tolist():
-        asked = [q for q in scene_and_questions(index)[1] if q.task == task]
-        docs += [Doc(task, index, i, q.prompt, q.answer, q.subtask, q.info) for i, q in enumerate(asked)]
+        asked = [q for q in scene_and_questions(index, split)[1] if q.task == task]
+        docs += [Doc(task, index, i, q.prompt, q.answer, q.subtask, q.info, split=split) for i, q in enumerate(asked)]
         left -= bool(asked)
         if left == 0:
             break

@@ -75,12 +75,8 @@ def figure(found: vlmfast.Sinks) -> Any:
         base = base + share
     bars.set_ylim(0, 100)
     bars.set_ylabel("attention of text\nbehind the picture, %")
-    bars.set_title(
-        f"sinks: phi > {found.tau:g} in {found.setting or 'no'} dimensions; "
-        f"sink metric of the first token {found.first_metric:.0%}",
-        loc="left",
-        fontsize=10,
-    )
+    by = f"sinks: phi > {found.tau:g} by dimensions {found.setting}" if found.dims else "no sink dimensions"
+    bars.set_title(f"{by}; sink metric of the first token {found.first_metric:.0%}", loc="left", fontsize=10)
     bars.legend(ncols=4, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.01), fontsize=9)
     for place, dim in enumerate(found.dims):
         size = [one.largest[place] for one in found.layers]
@@ -88,10 +84,13 @@ def figure(found: vlmfast.Sinks) -> Any:
         lines.plot(layers, size, label=f"|x| of dimension {dim}", **style)
     if found.dims:
         lines.set_yscale("log")
+        low, high = (edge(size for one in found.layers for size in one.largest if size > 0) for edge in (min, max))
+        lines.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high) + 0.01))
+        lines.set_ylabel("largest |x| of a token\nas it enters the layer")
         lines.legend(frameon=False, fontsize=9)
     else:
-        lines.text(0.5, 0.5, "no massive dimensions", ha="center", transform=lines.transAxes)
-    lines.set_ylabel("largest |x| of a token\nas it enters the layer")
+        lines.text(0.5, 0.5, f"no massive dimensions: {found.source}", ha="center", transform=lines.transAxes)
+        lines.set_yticks([])
     lines.set_xlabel("decoder layer")
     lines.xaxis.get_major_locator().set_params(integer=True)
     for panel in (bars, lines):

@@ -76,6 +76,34 @@ class _Turn:
         return self.edit(own().transpose(1, 2)).transpose(1, 2).contiguous()
 
 
+def alone(
+    ids: Tensor, text: Tensor, pictured: Tensor, first_position: int = 0, more: Mapping[str, Tensor] | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]] | None:
+    """The text of some prompts, padded on the left. -> rows [R] of the batch, real tokens [R, T], inputs of the base
+    model; None where no row has both picture and text.
+
+    ids: [B, L] of the prompts; text: bool [B, L] which of them are text; pictured: bool [B] rows with a picture. more:
+    further inputs of the base model, one value a token [B, L].
+    """
+    rows = (pictured & text.any(1)).nonzero().flatten()
+    if not len(rows):
+        return None
+    text = text[rows]
+    order = text.long().argsort(dim=1, stable=True)[:, -int(text.sum(1).max()) :]
+    mask = text.gather(1, order)
+
+    def taken(values: Tensor) -> Tensor:
+        return values.expand(len(pictured), -1)[rows].gather(1, order).masked_fill(~mask, 0)
+
+    inputs = {
+        "input_ids": taken(ids),
+        "attention_mask": mask.long(),
+        "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0) + first_position,
+        **{name: taken(values) for name, values in (more or {}).items()},
+    }
+    return rows, mask, inputs
+
+
 @dataclass
 class ImageFree:
     """The image-free stream of a batch of prompts.
@@ -110,26 +138,13 @@ class ImageFree:
         base: the multimodal base model. ids: [B, L] of the prompts; text: bool [B, L] which of them are text;
         pictured: bool [B] rows with a picture. more: further inputs of the base model, one value a token [B, L].
         """
-        rows = (pictured & text.any(1)).nonzero().flatten()
-        if not len(rows):
+        found = alone(ids, text, pictured, first_position, more)
+        if found is None:
             return None
-        text = text[rows]
-        order = text.long().argsort(dim=1, stable=True)[:, -int(text.sum(1).max()) :]
-        mask = text.gather(1, order)
-
-        def taken(values: Tensor) -> Tensor:
-            return values.expand(len(pictured), -1)[rows].gather(1, order).masked_fill(~mask, 0)
-
+        rows, mask, inputs = found
         layers = base.get_decoder().layers
-        inputs = {
-            "input_ids": taken(ids),
-            "attention_mask": mask.long(),
-            "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0) + first_position,
-            "use_cache": False,
-            **{name: taken(values) for name, values in (more or {}).items()},
-        }
         with torch.no_grad(), _noting(layers) as noted:
-            base.forward(**inputs)
+            base.forward(**inputs, use_cache=False)
         return cls(layers, rows, mask, last, _noted=noted)
 
     def through(self, number: int, edit: Heads) -> None:

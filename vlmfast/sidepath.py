@@ -62,7 +62,7 @@ class SidePath:
     @property
     def active(self) -> bool:
         """Inside `generate` alone."""
-        return self.steps.running
+        return bool(self.steps.running)
 
     def after_queries(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Hook of a query projection that gives the gate of the attention's output as well."""

@@ -68,17 +68,25 @@ class StepsDoor:
     """Lets one method decide on the scores of every step of `generate`, on one patched model.
 
     layers: numbers of decoder layers behind which the method wants hidden states, 0: in front of the first. scores:
-    Step -> [B, V], unnormalised, -inf: out. what: the method's doing in the words of a report.
+    Step -> [B, V], unnormalised, -inf: out. what: the method's doing in the words of a report. whole: it reads prompts
+    as a whole.
     """
 
     def __init__(
-        self, patch: Patch, name: str, layers: Sequence[int], scores: Callable[[Step], Tensor], what: str
+        self,
+        patch: Patch,
+        name: str,
+        layers: Sequence[int],
+        scores: Callable[[Step], Tensor],
+        what: str,
+        whole: bool = False,
     ) -> None:
-        self.name, self.scores, self.what = name, scores, what
+        self.name, self.scores, self.what, self.whole = name, scores, what, whole
         self.decoder = patch.base.get_decoder()
         self.head = patch.model.get_output_embeddings()
         self.capped = getattr(patch.model.config.get_text_config(), "final_logit_softcapping", None)
-        self.running = False  # inside `generate`
+        self.runs = 0  # calls of `generate` until now
+        self.running = 0  # which of them runs, 0: none
         self.found: dict[int, Tensor] = {}
         self.raw: Tensor | None = None
         for number in dict.fromkeys(layers):
@@ -155,10 +163,15 @@ class Generate:
         functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the original."""
-        self.door.running = True
+        """As the original. Raises NotImplementedError for prompts in chunks where the method reads them whole."""
+        door, config = self.door, kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        if door.whole and (kwargs.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)):
+            raise NotImplementedError(f"{door.name} reads a prompt as a whole: generate without prefill_chunk_size")
+        before = door.running
+        door.runs += 1
+        door.running = door.runs
         try:
             return self.original(*args, **kwargs)
         finally:
-            self.door.running = False
-            self.door.clear()
+            door.running = before
+            door.clear()

@@ -19,6 +19,10 @@ from vlmfast.adapters.attention.paint import PAINT
 from vlmfast.adapters.attention.var import VAR
 from vlmfast.adapters.attention.vhr import VHR
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
+from vlmfast.adapters.decoding.deco import DeCo
+from vlmfast.adapters.decoding.dola import DoLa
+from vlmfast.adapters.decoding.only import ONLY
+from vlmfast.adapters.decoding.vista import VISTA
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
 from vlmfast.adapters.pruning.divprune import DivPrune
@@ -49,13 +53,17 @@ __all__ = [
     "ADAPTERS",
     "DEFAULTS",
     "EVS",
+    "ONLY",
     "PAI",
     "PAINT",
     "VAR",
     "VHR",
+    "VISTA",
     "CDPruner",
     "Dart",
+    "DeCo",
     "DivPrune",
+    "DoLa",
     "FastV",
     "FasterVLM",
     "FoPru",
@@ -87,7 +95,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "act": ACT,
     "cdpruner": CDPruner,
     "dart": Dart,
+    "deco": DeCo,
     "divprune": DivPrune,
+    "dola": DoLa,
     "evs": EVS,
     "fastervlm": FasterVLM,
     "fastv": FastV,
@@ -97,6 +107,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "grid": Grid,
     "hiprune": HiPrune,
     "lscenellm": LSceneLLM,
+    "only": ONLY,
     "pai": PAI,
     "paint": PAINT,
     "pyramiddrop": PyramidDrop,
@@ -109,6 +120,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "vidcom2": VidCom2,
     "visionzip": VisionZip,
     "vispruner": VisPruner,
+    "vista": VISTA,
     "vtc_cls": VtcCls,
     "zerotuning": ZeroTuning,
 }

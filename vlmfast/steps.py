@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -142,11 +142,25 @@ def last(hidden: Tensor) -> Tensor:
     return hidden[:, -1].clone()
 
 
+class Taker(Protocol):
+    """Who wants what leaves a layer."""
+
+    @property
+    def running(self) -> int:
+        """Whether it does so now."""
+        ...
+
+    @property
+    def found(self) -> dict[int, Tensor]:
+        """Where it goes."""
+        ...
+
+
 @dataclass(frozen=True)
 class Leave:
-    """Hook of a decoder layer: take what leaves it."""
+    """Hook of a decoder layer: take what leaves it, under a number."""
 
-    door: StepsDoor
+    door: Taker
     number: int
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -32,9 +32,9 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from vlmfast.adapters.decoding.base import Decoding, number
 from vlmfast.decoders import Sizes
+from vlmfast.directions import DirectionsDoor
 from vlmfast.patching import Patch
 from vlmfast.ranges import scaled, which
-from vlmfast.steering import SteeringDoor
 from vlmfast.steps import Step, StepsDoor
 from vlmfast.towers import Picture
 
@@ -121,7 +121,7 @@ class VISTA(Decoding):
         behind = [layer + 1 for layer in late]
         steps = StepsDoor(patch, self.name, behind, self.scores, "; ".join(parts), whole=self.lam > 0)
         if self.lam:
-            SteeringDoor(patch, steps, layers, self.turn)
+            DirectionsDoor(patch, steps, layers, self.turn)
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The prompt once more, its text alone, and the head once more."""

@@ -99,9 +99,9 @@ def _small() -> LlavaConfig:
     return _llava(_sizes(256, 1024, 4, 4), {**_sizes(256, 1024, 4, 4), "num_key_value_heads": 2}, 224, 4096)
 
 
-def _llava_half_billion() -> LlavaConfig:
+def _llava_half_billion(side: int = 336, tower_layers: int = 24) -> LlavaConfig:
     text = {**_sizes(896, 4864, 24, 14), "num_key_value_heads": 2}
-    return _llava(_sizes(1024, 4096, 24, 16), text, 336, 151936)
+    return _llava(_sizes(1024, 4096, tower_layers, 16), text, side, 151936)
 
 
 def _qwen2_5_vl() -> Qwen2_5_VLConfig:
@@ -124,6 +124,12 @@ SHAPES: dict[str, Shape] = {
         _llava_half_billion,
         (1, 24, 24),
     ),
+    "llava-0.5b-1296": Shape(
+        "random weights: Qwen2-0.5B (24 layers, width 896) behind a CLIP tower of 2 layers and 36 x 36 patches: for "
+        "what runs in the language model alone",
+        partial(_llava_half_billion, 504, 2),
+        (1, 36, 36),
+    ),
     "qwen2.5-vl": Shape(
         "random weights, widths of Qwen2.5-VL-3B, depth reduced: tower of 4 layers (2 with windows, 2 with full "
         "attention, real: 32 with 4 full), text model of 4 layers (real: 36); two layers' column means are 9 % of "
@@ -134,7 +140,9 @@ SHAPES: dict[str, Shape] = {
 }
 GROUPS: dict[str, tuple[str, ...]] = {
     "testbed": tuple(f"testbed:{name}" for name in testbed.MODELS),
-    "all": (*(f"testbed:{name}" for name in testbed.MODELS), "llava-0.5b", "qwen2.5-vl"),
+    "pruning": (*(f"testbed:{name}" for name in testbed.MODELS), "llava-0.5b", "qwen2.5-vl"),
+    "attention": ("llava-0.5b", "llava-0.5b-1296"),
+    "all": (*(f"testbed:{name}" for name in testbed.MODELS), "llava-0.5b", "llava-0.5b-1296", "qwen2.5-vl"),
 }
 
 

@@ -3,15 +3,21 @@
 python scripts/bench.py --model small
 python scripts/bench.py --model all --repeats 5 --out results/bench.json
 python scripts/bench.py --model llava-0.5b --method hiprune:keep=0.2 --device cuda --dtype bfloat16
+python scripts/bench.py --model attention --repeats 5 --out results/bench-attention.json
+
+Methods that edit attention and drop nothing are measured apart: the language model alone, over the unpatched one,
+beside eager attention and the same method on full maps.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from vlmfast.eval.bench import GROUPS, SHAPES, bench, print_table, write_rows
+from vlmfast.eval.bench_edits import bench_edits, edits_only, print_edits
 
 METHODS = (
     "none",
@@ -20,6 +26,17 @@ METHODS = (
     "hiprune:keep=0.33",
     "hiprune:keep=0.11",
 )
+EDITS = ("none", "zerotuning", "act", "var", "vhr")
+
+
+def plan(group: str, model: str, named: list[str] | None) -> tuple[list[str], list[str]]:
+    """(specs measured whole, specs of attention edits) for a model of a group, or one named by itself."""
+    if named is not None:
+        edits = [spec for spec in named if edits_only(spec)]
+        return [spec for spec in named if spec not in edits], (["none"] if "none" in named and edits else []) + edits
+    edited = group == "attention" or model in GROUPS["attention"] and (group == "all" or model not in GROUPS["all"])
+    whole = group != "attention" and (model in GROUPS["pruning"] or model not in GROUPS["attention"])
+    return list(METHODS) if whole else [], list(EDITS) if edited else []
 
 
 def main() -> int:
@@ -29,7 +46,12 @@ def main() -> int:
     parser.add_argument(
         "--model", default="all", help=f"{names}, testbed:NAME, a folder or Hugging Face id (%(default)s)"
     )
-    parser.add_argument("--method", action="append", metavar="SPEC", help=f"repeatable; default: {' '.join(METHODS)}")
+    parser.add_argument(
+        "--method",
+        action="append",
+        metavar="SPEC",
+        help=f"repeatable; default: {' '.join(METHODS)}; for group attention: {' '.join(EDITS)}",
+    )
     parser.add_argument("--repeats", type=int, help="rounds; default: 5, for the small models 30")
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads; with 1 the clock is process time (%(default)s)"
@@ -38,25 +60,25 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"), help="JSON file (%(default)s)")
     options = parser.parse_args()
-    console, rows = Console(), []
+    console, whole, edited = Console(), list[dict[str, Any]](), list[dict[str, Any]]()
     try:
         for name in GROUPS.get(options.model, (options.model,)):
             small = name == "small" or name.startswith("testbed:")
             repeats = options.repeats if options.repeats is not None else 30 if small else 5
+            how = {"repeats": repeats, "threads": options.threads, "device": options.device, "dtype": options.dtype}
+            specs, edits = plan(options.model, name, options.method)
             console.print(f"measuring {name}, {repeats} rounds ...")
-            rows += bench(
-                name,
-                options.method or METHODS,
-                repeats=repeats,
-                threads=options.threads,
-                device=options.device,
-                dtype=options.dtype,
-            )
-            write_rows(options.out, rows, options.device)  # after every model: an interrupted run loses one at most
+            whole += bench(name, specs, **how) if specs else []
+            edited += bench_edits(name, edits, **how) if edits else []
+            # After every model: an interrupted run loses one at most.
+            write_rows(options.out, [*whole, *edited], options.device)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_table(rows, console)
+    if whole:
+        print_table(whole, console)
+    if edited:
+        print_edits(edited, console)
     console.print(f"written to {options.out}")
     return 0
 

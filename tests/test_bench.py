@@ -16,7 +16,9 @@ import vlmfast
 from vlmfast.attention import ENTRIES_CPU, attention_rows, column_mean
 from vlmfast.cost import prompt_cost
 from vlmfast.eval import bench as bench_module
+from vlmfast.eval import bench_edits as bench_edits_module
 from vlmfast.eval.bench import GROUPS, SHAPES, Shape, bench, measure_specs, print_table, random_inputs, subject
+from vlmfast.eval.bench_edits import bench_edits, growth, measure_edits, print_edits, through_maps
 from vlmfast.eval.latency import (
     Clock,
     LiveBytes,
@@ -306,10 +308,182 @@ def test_bad_input_is_told_at_once(settings, error, message):
 
 
 def test_names():
-    assert set(GROUPS["all"]) == {"testbed:llava", "testbed:qwen2_5_vl", "llava-0.5b", "qwen2.5-vl"}
+    pruning = {"testbed:llava", "testbed:qwen2_5_vl", "llava-0.5b", "qwen2.5-vl"}
+    assert set(GROUPS["pruning"]) == pruning and set(GROUPS["attention"]) == {"llava-0.5b", "llava-0.5b-1296"}
+    assert set(GROUPS["all"]) == pruning | {"llava-0.5b-1296"}
     qwen, llava = SHAPES["qwen2.5-vl"].config(), SHAPES["llava-0.5b"].config()
     assert prompt_cost(qwen, text=0, images=[SHAPES["qwen2.5-vl"].grid]).kv_bytes == 1296 * 2 * 256 * 4 * 2
     assert round(prompt_cost(llava, text=48, images=[(1, 24, 24)]).prefill / 1e9) == 480
+
+
+# --- attention edits -------------------------------------------------------------------------------------------
+
+EDITS = ["none", "zerotuning:gamma=3.0", "vhr:layers=1"]
+MAPPED = [
+    "zerotuning:gamma=5.0",
+    "zerotuning:gamma=0.2,heads=1/2",
+    "act:theta=0.01,layers=all",
+    "act:theta=0.01,layers=1:,heads=0/3",
+    "var:dims=3/7,tau=0.5,rho=1.0,summ=0.0,layers=all",
+    "vhr:layers=all,alpha=3.0",
+]
+
+
+@pytest.mark.parametrize("spec", MAPPED)
+def test_the_reference_on_full_maps_is_the_same_method(vlm, spec):
+    inputs = vlm.prompts([[3, "a", 6], [7], [2, "b", 1, "a", 3]])
+    model, own = vlm.model, vlm.model.config.text_config._attn_implementation
+    plain = model(**inputs).logits[:, -1]
+    with vlmfast.patch(model, spec):
+        expected = model(**inputs).logits[:, -1]
+        tokens = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    with through_maps(model, spec):
+        assert model.config.text_config._attn_implementation == "eager"
+        torch.testing.assert_close(model(**inputs).logits[:, -1], expected, rtol=1e-3, atol=2e-4)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), tokens)
+    assert (expected - plain).abs().max() > 1e-3, "the method does something here"
+    assert model.config.text_config._attn_implementation == own
+
+
+def test_the_reference_holds_maps(vlm, monkeypatch):
+    """Every edit of the reference is made on [B, H, Q, K], and in no other way."""
+    inputs, shapes = vlm.prompts([[3, "a", 6]]), []
+    attend = bench_edits_module.MapCall.attend
+
+    def seen(self, shown):
+        shapes.append(tuple(shown.shape))
+        return attend(self, shown)
+
+    monkeypatch.setattr(bench_edits_module.MapCall, "attend", seen)
+    with through_maps(vlm.model, "zerotuning:gamma=3.0"):
+        vlm.model(**inputs)
+    config, length = vlm.model.config.get_text_config(), inputs["input_ids"].shape[1]
+    assert shapes == [(1, config.num_attention_heads, length, length)] * config.num_hidden_layers
+
+
+@pytest.fixture(scope="module")
+def edit_rows():
+    """Rows of two lengths and of the other family, one round each."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(SHAPES, "short", Shape("short", tiny_llava_of(112), (1, 8, 8)))
+        monkeypatch.setitem(SHAPES, "long", Shape("long", tiny_llava_of(448), (1, 32, 32)))
+        monkeypatch.setitem(SHAPES, "tiny-qwen", TINY["tiny-qwen"])
+        return {name: bench_edits(name, EDITS, repeats=2) for name in ("short", "long", "tiny-qwen")}
+
+
+def tiny_llava_of(side):
+    def config():
+        made = tiny_llava()
+        made.vision_config.image_size, made.image_seq_length = side, (side // 14) ** 2
+        return made
+
+    return config
+
+
+def test_rows_of_edits(edit_rows):
+    for name, visual in (("short", 64), ("long", 1024), ("tiny-qwen", 24)):
+        for spec, row in zip(EDITS, edit_rows[name], strict=True):
+            assert json.loads(json.dumps(row)) == row
+            assert (row["kind"], row["model"], row["spec"], row["repeats"]) == ("edits", name, spec, 2)
+            assert (row["visual_tokens"], row["text_tokens"]) == (visual, bench_module.TEXT)
+            paths = {"patched", "eager"} if spec == "none" else {"patched", "eager", "maps"}
+            for part in ("prefill", "decode"):
+                assert row["unpatched_ms"][part]["median"] > 0
+                assert set(row["over_unpatched"][part]) == paths
+                assert all(spread["median"] > 0 for spread in row["over_unpatched"][part].values())
+            assert set(row["memory"]["prefill"]) == paths | {"unpatched"}
+            assert min(row["memory"]["prefill"].values()) > 0
+            assert (row["memory"]["layer"] is None) == (spec == "none")
+
+
+def test_memory_of_an_edit_grows_with_the_tokens_and_not_with_their_square(edit_rows):
+    """Sizes are counted, not timed: 1,072 tokens against 112, of 4 heads."""
+    short, long = (edit_rows[name][1]["memory"]["layer"] for name in ("short", "long"))
+    assert long["maps"] >= 4 * 1072**2 * 4
+    tokens = 1072 / 112
+    assert long["patched"] / short["patched"] < 1.3 * tokens
+    assert long["maps"] / short["maps"] > 5 * tokens
+    assert long["own"] <= long["patched"] < long["maps"] / 20
+    lines = growth(edit_rows["short"] + edit_rows["long"])
+    assert [line.split(":")[0] for line in lines] == ["zerotuning", "vhr"]
+    assert f"{tokens:.2f} times the tokens" in lines[0]
+    assert growth(edit_rows["short"]) == []
+
+
+def test_eager_prefill_holds_maps_and_patched_does_not(edit_rows):
+    peaks = edit_rows["long"][1]["memory"]["prefill"]
+    assert peaks["eager"] - peaks["unpatched"] > 4 * 1072**2 * 4
+    assert peaks["patched"] - peaks["unpatched"] < (peaks["eager"] - peaks["unpatched"]) / 10
+
+
+def test_decoding_starts_from_the_same_cache_every_time(llava):
+    """What is timed is the next tokens of one prompt, however often it is timed."""
+    model, inputs = llava
+    lengths = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(
+            (kwargs["inputs_embeds"].shape[1], kwargs["past_key_values"].get_seq_length())
+        ),
+        with_kwargs=True,
+    )
+    try:
+        measure_edits(model, inputs, ["zerotuning:gamma=3.0"], repeats=2, threads=1, warmup=0)
+    finally:
+        hook.remove()
+    prompt = inputs["input_ids"].shape[1]
+    steps = [held for new, held in lengths if new == 1]
+    run = list(range(prompt, prompt + bench_edits_module.STEPS))
+    assert steps == run * (2 * 4)  # twice, by unpatched, eager, patched, maps
+
+
+def test_edits_leave_the_model_as_it_was(llava):
+    model, inputs = llava
+    with torch.no_grad():
+        before = model(**inputs).logits
+    measure_edits(model, inputs, ["vhr:layers=1"], repeats=1, threads=1, warmup=0)
+    assert model.config.text_config._attn_implementation == "sdpa" and "vlmfast_handle" not in model.__dict__
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_table_of_edits(edit_rows):
+    console = Console(width=80, record=True, file=io.StringIO())
+    everything = [row for name in edit_rows for row in edit_rows[name]]
+    print_edits([*everything, {**everything[-1], "spec": "var:dims=1415/2533,tau=20.0,layers=2:-1"}], console)
+    text = console.export_text()
+    assert "…" not in text
+    for word in ("short", "tiny-qwen", "vhr:layers=1", "maps", "eager attention alone", "times the memory"):
+        assert word in text
+
+
+def test_script_measures_edits_apart(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(SHAPES, "tiny-llava", TINY["tiny-llava"])
+    out = tmp_path / "bench.json"
+    options = ["--model", "tiny-llava", "--repeats", "1", "--out", str(out)]
+    for spec in ("none", "zerotuning", "random:keep=0.5+zerotuning"):
+        options += ["--method", spec]
+    assert run_script(monkeypatch, *options) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row.get("kind"), row["spec"]) for row in rows] == [
+        (None, "none"),
+        (None, "random:keep=0.5+zerotuning"),
+        ("edits", "none"),
+        ("edits", "zerotuning"),
+    ]
+    assert "time over unpatched" in capsys.readouterr().out
+
+
+def test_script_knows_what_to_measure_by_default():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "bench.py"))
+    plan, whole, edits = script["plan"], list(script["METHODS"]), list(script["EDITS"])
+    assert plan("all", "llava-0.5b", None) == (whole, edits)
+    assert plan("all", "llava-0.5b-1296", None) == ([], edits)
+    assert plan("all", "qwen2.5-vl", None) == plan("small", "small", None) == (whole, [])
+    assert plan("attention", "llava-0.5b", None) == ([], edits)
+    assert plan("pruning", "llava-0.5b", None) == plan("llava-0.5b", "llava-0.5b", None) == (whole, [])
+    assert plan("small", "small", ["none"]) == (["none"], [])
+    for spec in (*whole, *edits):
+        assert spec == "none" or bench_edits_module.edits_only(spec) == (spec in edits)
 
 
 def test_script_measures_prints_and_writes(monkeypatch, tmp_path, capsys):

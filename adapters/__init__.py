@@ -16,12 +16,14 @@ from vlmfast.adapter import Adapter
 from vlmfast.adapters.attention.act import ACT
 from vlmfast.adapters.attention.pai import PAI
 from vlmfast.adapters.attention.paint import PAINT
+from vlmfast.adapters.attention.seal import SEAL
 from vlmfast.adapters.attention.var import VAR
 from vlmfast.adapters.attention.vhr import VHR
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa
 from vlmfast.adapters.decoding.only import ONLY
+from vlmfast.adapters.decoding.opera import Opera
 from vlmfast.adapters.decoding.vista import VISTA
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
@@ -56,6 +58,7 @@ __all__ = [
     "ONLY",
     "PAI",
     "PAINT",
+    "SEAL",
     "VAR",
     "VHR",
     "VISTA",
@@ -72,6 +75,7 @@ __all__ = [
     "Grid",
     "HiPrune",
     "LSceneLLM",
+    "Opera",
     "PyramidDrop",
     "Random",
     "Slime",
@@ -108,10 +112,12 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "hiprune": HiPrune,
     "lscenellm": LSceneLLM,
     "only": ONLY,
+    "opera": Opera,
     "pai": PAI,
     "paint": PAINT,
     "pyramiddrop": PyramidDrop,
     "random": Random,
+    "seal": SEAL,
     "slime": Slime,
     "sparsevlm": SparseVLM,
     "textmonkey": TextMonkey,

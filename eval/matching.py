@@ -40,7 +40,8 @@ ALL = "all"  # in place of a spec: every method
 def named(specs: Sequence[str], family: str) -> dict[str, bool]:
     """The specs for one family, "all" taken apart. -> spec: whether it was named itself
 
-    "all" stands for every method that works on images of the family, with the settings it needs there.
+    "all" stands for every method that works on images of the family, with the settings it needs there, but those that
+    need a file made first.
     """
     found: dict[str, bool] = {}
     for spec in specs:
@@ -49,7 +50,8 @@ def named(specs: Sequence[str], family: str) -> dict[str, bool]:
             continue
         for name, cls in ADAPTERS.items():
             answer = support(name, family)
-            if answer.reason is None and "image" in getattr(cls, "modalities", ("image",)):
+            works = answer.reason is None and not cls.needs_file
+            if works and "image" in getattr(cls, "modalities", ("image",)):
                 settings = ",".join(f"{key}={value}" for key, value in answer.needs.items())
                 found.setdefault(f"{name}:{settings}" if settings else name, False)
     return found

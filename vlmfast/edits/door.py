@@ -150,13 +150,14 @@ def memory_of(cache: Any, decoding: bool) -> Memory | None:
 class Pass:
     """One forward. prompt: its tokens belong to prompts. ends: bool [B, Q], see `Call`.
 
-    free: the image-free stream of its prompts, where a method asks for it and they have pictures. known: what layers
-    that hold the same keys share.
+    ids: int64 [B, Q], where they are known. free: the image-free stream of its prompts, where a method asks for it and
+    they have pictures. known: what layers that hold the same keys share.
     """
 
     memory: Memory
     prompt: bool
     ends: Tensor
+    ids: Tensor | None = None
     free: ImageFree | None = None
     known: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
@@ -181,6 +182,7 @@ class EditsDoor:
         self.names = list(inspect.signature(patch.base.forward).parameters)
         self.editors: dict[int, Editor] = {}
         self.watchers: dict[int, Watcher] = {}
+        self.followed: set[int] = set()  # layers whose tokens another door wants to know
         self.wanted: dict[Editor, Mapping[str, Score]] = {}  # statistics of the tower that methods make marks of
         self.noted: dict[Editor, dict[str, None]] = {}  # what methods had to say of the last prompts, in order
         self.until: int | None = None  # columns that the prompts of the running `generate` have, as the user counts
@@ -234,12 +236,19 @@ class EditsDoor:
         if getattr(module, "sinks", None) is not None:
             raise NotImplementedError(f"{name}: attention with learned sinks ({type(module).__name__})")
 
+    def follow(self, number: int) -> None:
+        """Tell whoever hooks a layer of the tokens it gets: the `Pass` among its keyword arguments, as EDITS."""
+        if number not in self.editors and number not in self.watchers and number not in self.followed:
+            self.patch.hook(self.decoder.layers[number], Enter(self, number), before=True, first=False)
+        self.followed.add(number)
+
     def _enter(self, number: int) -> None:
-        """Put the hook in front of a layer, once."""
+        """Put the hook in front of a layer, once, and lead its attention here."""
         if number in self.editors or number in self.watchers:
             return
         tap(self.patch, [self.decoder.layers[number].self_attn])
-        self.patch.hook(self.decoder.layers[number], Enter(self, number), before=True, first=False)
+        if number not in self.followed:
+            self.patch.hook(self.decoder.layers[number], Enter(self, number), before=True, first=False)
 
     # --- hooks -------------------------------------------------------------------------------------------------
 
@@ -249,9 +258,10 @@ class EditsDoor:
         prompt: Prompt | None = given.get(PROMPT)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         like = embeds if ids is None else ids
-        if like is None or not (self.editors or self.watchers):
+        if like is None or not (self.editors or self.watchers or self.followed):
             return args, kwargs
         one = self._pass(ids, like, given.get("attention_mask"), given.get("past_key_values"), prompt)
+        one.ids = ids
         comparing = [number for number, editor in self.editors.items() if editor.compares]
         if comparing and one.prompt and ids is not None:
             one.free = self._image_free(base, ids, one, max(comparing), given.get("token_type_ids"))
@@ -416,7 +426,7 @@ class Generate:
 
 @dataclass(frozen=True)
 class Enter:
-    """Pre-hook of an edited or watched decoder layer, behind those that take tokens away."""
+    """Pre-hook of an edited, watched or followed decoder layer, behind those that take tokens away."""
 
     door: EditsDoor
     number: int
@@ -522,7 +532,15 @@ class Turn:
 
     def _new(self, values: Tensor, count: int) -> Tensor:
         """Values of the forward's tokens for those that the layer got. [B, Q] -> [B, M]"""
-        if values.shape[1] == count or self.columns is None:
-            return values
-        new = self.columns[:, -count:] - (self.one.memory.count - values.shape[1])
-        return values.gather(1, new.clamp(min=0).to(values.device)) & (new >= 0).to(values.device)
+        return of_layer(values, self.columns, self.one.memory.count, count)
+
+
+def of_layer(values: Tensor, columns: Tensor | None, known: int, count: int) -> Tensor:
+    """What is true of a forward's tokens, for the `count` of them that a layer got. bool [B, Q] -> [B, M]
+
+    columns: [B, K] the first layer's columns that the layer's keys stand for; None: all. known: of the first layer.
+    """
+    if values.shape[1] == count or columns is None:
+        return values
+    new = columns[:, -count:] - (known - values.shape[1])
+    return values.gather(1, new.clamp(min=0).to(values.device)) & (new >= 0).to(values.device)

@@ -16,7 +16,7 @@ from vlmfast.adapters import from_spec, to_spec
 from vlmfast.adapters.attention.act import ACT
 from vlmfast.decoders import decoder
 from vlmfast.edits import Call
-from vlmfast.edits.engine import column_sums
+from vlmfast.edits.engine import column_sums, corrected
 
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]
 
@@ -113,6 +113,17 @@ def test_equals_full_maps(vlm, settings):
 def test_on_every_family(any_vlm):
     with_attention = [n for n, one in enumerate(any_vlm.model.model.get_decoder().layers) if hasattr(one, "self_attn")]
     agrees(any_vlm, any_vlm.prompts(ROWS), ACT(layers="/".join(map(str, with_attention))))
+
+
+@torch.no_grad()
+def test_rows_of_padding_do_not_count(vlm):
+    """On the right they see all of their prompt."""
+    inputs, method = vlm.prompts(ROWS, side="right"), ACT(layers="all", theta=0.08)
+    real = inputs["attention_mask"].bool()
+    with full_maps(vlm.model, oracle(inputs, method)):
+        expected = vlm.model(**inputs).logits[real]
+    with vlmfast.patch(vlm.model, method):
+        torch.testing.assert_close(vlm.model(**inputs).logits[real], expected, rtol=1e-3, atol=3e-4)
 
 
 def test_nothing_above_the_threshold(vlm):
@@ -213,6 +224,26 @@ def test_the_attention_runs_once_and_no_map_is_made(vlm, monkeypatch):
     with torch.no_grad(), vlmfast.patch(vlm.model, Counted(layers="all", theta=0.15, beta=0.9)):
         vlm.model(**vlm.prompts([[3, "a", 2]]))
     assert (1, True) in runs and all(times == 1 for times, _ in runs)
+
+
+def test_many_sinks_are_no_handful(vlm, monkeypatch):
+    """Their shares would be larger than the queries: rows are made explicitly, with the same outcome."""
+    widths = []
+
+    def noted(out, lse, query, key, value, few, *rest):
+        widths.append(few.columns.shape[-1])
+        return corrected(out, lse, query, key, value, few, *rest)
+
+    monkeypatch.setattr("vlmfast.edits.call.corrected", noted)
+    inputs = vlm.prompts([[9, "a", 9]])
+    shown = {}
+    for theta in (0.1, 0.002):
+        found = []
+        with torch.no_grad(), vlmfast.patch(vlm.model, Watched(watch=found, layers="all", theta=theta, beta=0.9)):
+            vlm.model(**inputs)
+        shown[theta] = max(int(sinks.sum(-1).max()) for _, _, sinks in found if sinks is not None)
+    width = found[0][0].query.shape[-1]
+    assert shown[0.1] <= width < shown[0.002] and widths and max(widths) <= width
 
 
 # --- one call ---------------------------------------------------------------------------------------------------

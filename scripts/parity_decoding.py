@@ -6,12 +6,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from tables import TableWalker
 from torch import Tensor
 
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa, divergences
 from vlmfast.adapters.decoding.only import ONLY, textual
+from vlmfast.adapters.decoding.opera import Memory, OfficialEnded, Opera, mode
+from vlmfast.adapters.decoding.vista import steered
 from vlmfast.edits.engine import weighted
+from vlmfast.search import Look, Step, Tally, search
 
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]
@@ -61,4 +65,83 @@ def only(case: Case, array: Arrays) -> Checks:
         yield "logits", method.combine(logits, side), array("{}__out_logits")
 
 
-SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"deco": deco, "dola": dola, "only": only}
+def vista(case: Case, array: Arrays) -> Checks:
+    """Hidden states steered behind a feed-forward net; the authors' come out in half precision."""
+    directions = array("{}__in_vsv")[:, None]
+    hidden = steered(array("{}__in_x"), list(directions), case["hyperparameters"]["lambda"])
+    yield "hidden", hidden.half(), array("{}__out_x")
+
+
+def opera(case: Case, array: Arrays) -> Checks:
+    """Penalties of a window, or whole searches step by step."""
+    hyper = case["hyperparameters"]
+    yield from _opera_search(hyper, array) if "nb" in hyper else _opera_window(hyper, array)
+
+
+def _opera_window(hyper: dict[str, Any], array: Arrays) -> Checks:
+    shown = array("{}__in_attn")  # the rows before the last one are those of the beam, whichever the candidate
+    beams, width, size = shown.shape[:3]
+    start, count = hyper["P"], hyper["L"]
+    visual = torch.zeros(size, dtype=torch.bool)
+    visual[hyper["i0"] : hyper["i1"] + 1] = True
+    method = Opera(alpha=hyper["alpha"], sigma=hyper["sigma"], candidates=width, parity="official")
+    rows = shown.flatten(0, 1)  # [R, K, K]
+    looks = [Look.of(rows[:, None, start + row], visual, start, count) for row in range(count)]
+    last = Look(looks[-1].generated.view(beams, width, -1), looks[-1].visual.view(beams, width))
+    window = torch.stack([look.generated[::width] for look in looks[:-1]], dim=1)[..., :-1]
+    judged = method.judge(Memory(window, torch.zeros(beams, 0, dtype=torch.long)), last)
+    _, scores = method.grown(window, last.generated)
+    row = shown[:, :, -1]
+    yield "row", row / row.sum(-1, keepdim=True), array("{}__out_attn_norm_last")
+    yield "columns", scores, array("{}__out_col_scores")
+    yield "places", judged.places, array("{}__out_locs")
+    yield "place", mode(mode(judged.places)), array("{}__out_loc_mode")
+    yield "penalty", judged.penalty.float(), array("{}__out_penalty")
+    penalised = array("{}__in_candidate_logits") - hyper["alpha"] * judged.penalty
+    yield "logits", penalised, array("{}__out_candidate_logits")
+
+
+def _opera_search(hyper: dict[str, Any], array: Arrays) -> Checks:
+    prompt, beams, width = array("{}__in_prompt"), hyper["nb"], hyper["nc"]
+    image = range(hyper["i0"], hyper["i1"] + 1)
+    tables = [array(f"{{}}__in_{name}") for name in ("logits_table", "attn_base", "attn_tok")]
+    method = Opera(
+        alpha=hyper["alpha"], sigma=hyper["sigma"], threshold=hyper["r"], candidates=width, parity="official"
+    )
+    ends = None if hyper["eos"] is None else torch.tensor([hyper["eos"]])
+    ended = OfficialEnded(beams=beams, prompt=prompt, stops=lambda ids: ids[:, 0] < 0, room=hyper["M"], ends=ends)
+    steps: list[Step] = []
+    found = search(TableWalker(*tables, prompt, image), method, ended, lambda ids, s: s, Tally(watch=steps.append))
+    yield "sequence", torch.cat([prompt[0], found[0].tokens])[None], array("{}__out_sequence")
+
+    def told(name: str, values: list[Tensor]) -> tuple[str, Tensor, Tensor]:
+        return name, torch.stack(values), array(f"{{}}__out_{name}")
+
+    start, longest = prompt.shape[1], array("{}__out_ids_before").shape[-1]
+    before = [torch.cat([prompt.expand(beams, -1), step.tokens], dim=1) for step in steps]
+    yield told("ids_before", [torch.nn.functional.pad(ids, (0, longest - ids.shape[1]), value=-1) for ids in before])
+    yield told("L", [torch.tensor(step.tokens.shape[1] + 1) for step in steps])
+    yield told("candidates", [step.candidates for step in steps])
+    yield told("candidate_logits", [step.penalised for step in steps])
+    yield told("penalty", [step.judged.penalty.float() for step in steps])
+    yield told("locs", [step.judged.places for step in steps])
+    yield told("loc_mode", [mode(mode(step.judged.places)) for step in steps])
+    yield told("rollback_pos", [torch.tensor(-1 if step.back is None else step.back) for step in steps])
+    yield told("beam_scores", [step.scores for step in steps])
+    yield told("next_tokens", [step.chosen for step in steps])
+    yield told("beam_idx", [step.parents for step in steps])
+    # The official count: prompt and tokens once, every candidate in a call of its own, and where it goes back another
+    # prefill of all but the last token. Ours are fewer.
+    again = [start + min(step.back, step.tokens.shape[1] - 1) for step in steps if step.back is not None]
+    calls = len(steps) * (1 + width) + 2 * len(again)
+    rows = start + len(steps) - 1 + len(steps) * width + sum(again)
+    yield "n_forward", torch.tensor([calls, rows]), array("{}__out_n_forward")
+
+
+SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
+    "deco": deco,
+    "dola": dola,
+    "only": only,
+    "opera": opera,
+    "vista_vsv": vista,
+}

@@ -13,7 +13,7 @@ from test_sinks import BOS, MASSIVE, with_sinks
 
 import vlmfast
 from vlmfast.adapters import from_spec
-from vlmfast.adapters.attention.var import VAR
+from vlmfast.adapters.attention.var import NOTHING, VAR
 from vlmfast.edits import Call
 from vlmfast.families import family_of
 
@@ -273,6 +273,24 @@ def test_without_sinks_nothing_happens_and_the_report_says_so(fresh, settings, r
         vlm.model(**vlm.prompts([[4]]))
         assert not any("nothing" in note for note in handle.report().notes), "and none with a picture"
     assert all(torch.equal(ours, before) for ours, before in zip(found, plain))
+
+
+def test_the_report_sums_up_the_layers(fresh):
+    """Massive in one layer alone: that the others have nothing is no news. Without it, what came furthest is."""
+    vlm, settings = massive(fresh, "llava")
+    with torch.no_grad():  # layer 0 adds what it lacks itself
+        vlm.model.get_input_embeddings().weight[BOS, list(MASSIVE)] = 0
+        vlm.model.model.multi_modal_projector.linear_2.weight[list(MASSIVE)] = 0
+        vlm.model.model.language_model.layers[0].mlp.down_proj.weight[list(MASSIVE)] *= 1000
+    inputs = prompts(vlm)
+    for layers, expected in (("0", None), ("1", "sinks"), ("all", "sinks")):
+        with vlmfast.patch(vlm.model, VAR(**(settings | {"layers": layers}))) as handle:
+            vlm.model(**inputs)
+            (note,) = [note for note in handle.report().notes if "sink" in note]
+        assert note.startswith("var: sinks by dimensions 3/17" if expected else "var: no sink dimensions found;")
+    first, second, third = (f"var: {reason}" for reason in NOTHING)
+    assert VAR().remarks([first, third, second]) == [third] and VAR().remarks([first]) == [first]
+    assert VAR().remarks([]) == [] and VAR().remarks([first, "var: more"]) == ["var: more"]
 
 
 def test_only_text_behind_a_visual_sink_changes(vlm):

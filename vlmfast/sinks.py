@@ -368,27 +368,32 @@ class _Measuring:
 
         looking = torch.where(call.after_visual.any(1, keepdim=True), call.after_visual, call.real & ~call.visual)
         sums, _ = column_sums(call.query, call.key, call.scaling, call.seen, looking)
-        share = sums.mean(dim=1) / looking.sum(dim=1, keepdim=True)  # [B, L]
+        share = sums.mean(dim=1) / looking.sum(dim=1, keepdim=True).clamp(min=1)  # [B, L]
         size = sizes(call.hidden, self.dims) if self.dims else torch.zeros_like(share)
         sink = (size > self.tau) & call.real if self.dims else torch.zeros_like(call.real)
         text, image = call.real & ~call.visual, call.visual
-        kinds = text & sink, image & sink, image & ~sink, text & ~sink
-        on = [float((share * which).sum(1).mean()) for which in kinds]
+        text_sinks, image_sinks, other_image, other_text = (
+            float((share * which).sum(1).mean()) for which in (text & sink, image & sink, image & ~sink, text & ~sink)
+        )
         hidden = call.hidden.masked_fill(~call.real[..., None], 0)[..., list(self.dims)]
+        tokens = tuple(
+            SinkToken(
+                row,
+                column,
+                "image" if image[row, column] else "text",
+                float(size[row, column]),
+                float(share[row, column]),
+            )
+            for row, column in sink.nonzero().tolist()
+        )
         self.layers.append(
             LayerSinks(
                 call.layer,
-                tuple(
-                    SinkToken(
-                        row,
-                        column,
-                        "image" if image[row, column] else "text",
-                        float(size[row, column]),
-                        float(share[row, column]),
-                    )
-                    for row, column in sink.nonzero().tolist()
-                ),
-                *on,
-                tuple(hidden.float().abs().amax(dim=(0, 1)).tolist()) if self.dims else (),
+                tokens,
+                text_sinks=text_sinks,
+                image_sinks=image_sinks,
+                image=other_image,
+                text=other_text,
+                largest=tuple(hidden.float().abs().amax(dim=(0, 1)).tolist()) if self.dims else (),
             )
         )

@@ -18,9 +18,9 @@ other visual tokens) [B, H, Q, 3] -> factors [B, H, Q, 3]. Defaults: the code's 
 layers 2 to the last but one.
 
 The code and the paper give two numbers another meaning, so there are two settings for each: p is the share that sinks
-keep, `budget` = 1 - p what they give away; s <= rho here is 1 - s >= `rho_paper` = 1 - rho there (the
-paper: 0.8 for general questions, 0.5 against hallucination, 0.9 for vision-centric tasks). phi > tau is strict, as in
-the code (the paper: >=).
+keep, `budget` = 1 - p what they give away; s <= rho here is 1 - s >= `rho_paper` = 1 - rho there (the paper: 0.8 for
+general questions, 0.5 against hallucination, 0.9 for vision-centric tasks). phi > tau is strict, as in the code (the
+paper: >=).
 
 Sink dimensions that are not given come from the list in `vlmfast.sinks` or, where the model is not on it, from the
 prompt itself: those that are massive at its first token in the very layer. A layer where nothing is massive yet (or

@@ -6,7 +6,7 @@ values, so what comes out is the mass of each class, edited as the method edits 
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,14 +116,22 @@ def probing(
     """
     door = EditsDoor.of(handle.patch)
     edited = tuple(sorted(door.editors))
-    twins: dict[int, Probe] = {}
-    for number, editor in door.editors.items():
-        twins.setdefault(id(editor), Probe(editor, seen, sinks))
-        door.editors[number] = twins[id(editor)]
+    stand_in(door, lambda editor: Probe(editor, seen, sinks))
     others = [number for number in door.attends if number not in edited and probed(door.decoder.layers[number])]
     if others:
         door.add(Probe(None, seen, sinks, tuple(others)))
     yield edited
+
+
+def stand_in(door: EditsDoor, beside: Callable[[Any], Any], count: int | None = None) -> None:
+    """Let another editor stand for each one of a door, or for those of the first `count` edited layers."""
+    twins: dict[int, Any] = {}
+    for number in sorted(door.editors)[:count]:
+        editor = door.editors[number]
+        twin = twins.setdefault(id(editor), beside(editor))
+        door.editors[number] = twin
+        if editor in door.wanted:  # the same statistics of the vision tower
+            door.wanted[twin] = door.wanted[editor]
 
 
 def probed(layer: Any) -> bool:

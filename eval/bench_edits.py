@@ -27,6 +27,7 @@ from vlmfast.adapters import from_spec
 from vlmfast.edits import Call, EditsDoor
 from vlmfast.edits.engine import Factors
 from vlmfast.eval import bench
+from vlmfast.eval.attention import stand_in
 from vlmfast.eval.latency import (
     MB,
     Clock,
@@ -40,7 +41,6 @@ from vlmfast.eval.latency import (
 )
 from vlmfast.eval.models import DTYPES, check_device
 from vlmfast.layers.tokens import Placed
-from vlmfast.patching import Handle
 
 STEPS = 8  # further tokens a reading
 PATHS = ("patched", "eager", "maps")
@@ -48,9 +48,14 @@ Run = Callable[[], AbstractContextManager[Any]]  # opens a variant of the model
 
 
 def edits_only(spec: str) -> bool:
-    """Whether a spec edits attention and drops no tokens."""
+    """Whether a spec edits attention and does no more: it drops no token and runs no second prompt in `generate`."""
     adapters = from_spec(spec)
-    return any(adapter.kind == "attention" for adapter in adapters) and not any(one.drops for one in adapters)
+    branches = [branch for adapter in adapters if (branch := getattr(adapter, "branch", None)) is not None]
+    return (
+        bool(adapters)
+        and all(adapter.kind == "attention" for adapter in adapters)
+        and all(branch.gamma == 1 for branch in branches)
+    )
 
 
 def bench_edits(
@@ -201,15 +206,6 @@ class Weighed(Beside):
         return results[0] if results else super().edit(call)
 
 
-def wrap(handle: Handle, beside: Callable[[Any], Beside], count: int | None = None) -> None:
-    """Let another editor stand for those of a patched model, or for those of the first `count` edited layers."""
-    door = EditsDoor.of(handle.patch)
-    twins: dict[int, Beside] = {}
-    for number in sorted(door.editors)[:count]:
-        editor = door.editors[number]
-        door.editors[number] = twins.setdefault(id(editor), beside(editor))
-
-
 @contextmanager
 def eager(model: Any) -> Any:
     """The language model with eager attention."""
@@ -225,7 +221,7 @@ def eager(model: Any) -> Any:
 def through_maps(model: Any, spec: str) -> Any:
     """The language model with eager attention, whose maps a method edits."""
     with eager(model), vlmfast.patch(model, spec) as handle:
-        wrap(handle, Mapped)
+        stand_in(EditsDoor.of(handle.patch), Mapped)
         yield handle
 
 
@@ -324,7 +320,7 @@ def _layer_bytes(
     for what in ("patched", "maps"):
         weights: dict[str, int] = {}
         with variants[names[what]]() as handle, torch.no_grad():
-            wrap(handle, lambda editor, weights=weights: Weighed(editor, weights), 1)  # type: ignore[misc]
+            stand_in(EditsDoor.of(handle.patch), partial(Weighed, found=weights), 1)
             forward(names[what])
         if "edited" in weights:
             found |= {what: weights["edited"], **({"own": weights["own"]} if what == "patched" else {})}

@@ -326,6 +326,8 @@ MAPPED = [
     "act:theta=0.01,layers=1:,heads=0/3",
     "var:dims=3/7,tau=0.5,rho=1.0,summ=0.0,layers=all",
     "vhr:layers=all,alpha=3.0",
+    "pai:gamma=1.0,alpha=2.0,layers=all",
+    "paint:gamma=1.0,alpha=2.0,beta=1.0,layers=all,fallback=received",
 ]
 
 
@@ -482,8 +484,10 @@ def test_script_knows_what_to_measure_by_default():
     assert plan("attention", "llava-0.5b", None) == ([], edits)
     assert plan("pruning", "llava-0.5b", None) == plan("llava-0.5b", "llava-0.5b", None) == (whole, [])
     assert plan("small", "small", ["none"]) == (["none"], [])
+    edits_only = bench_edits_module.edits_only
+    assert not edits_only("pai:gamma=1.1") and not edits_only("random:keep=0.5+zerotuning") and not edits_only("none")
     for spec in (*whole, *edits):
-        assert spec == "none" or bench_edits_module.edits_only(spec) == (spec in edits)
+        assert spec == "none" or edits_only(spec) == (spec in edits)
 
 
 def test_script_measures_prints_and_writes(monkeypatch, tmp_path, capsys):

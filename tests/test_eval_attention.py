@@ -216,6 +216,53 @@ def test_a_method_with_an_image_free_stream(vlm):
                 assert found["after"][rows][name][0] == pytest.approx(found["before"][rows][name][0], abs=1e-5)
 
 
+def last_row_boosted(vlm, inputs, alpha):
+    """Scores of visual tokens raised in rows that decide on a token."""
+    ids, config = inputs["input_ids"][0], vlm.model.config
+    visual = torch.isin(ids, torch.tensor([config.image_token_id]))
+
+    def edit(layer, scores, hidden):
+        scores = scores.clone()
+        chosen = scores[:, :, -1, : len(ids)]
+        chosen[..., visual] += alpha * chosen[..., visual].abs()
+        return scores
+
+    return edit
+
+
+def test_scores_raised_in_the_last_row(vlm):
+    """PAI: only rows that answer change in the first layer; the image-free branch is not looked at."""
+    inputs = vlm.prompts([[4, "a", 5]])
+    found = measure(vlm.model, "pai:gamma=1.0,alpha=2.0,layers=all", [inputs], new_tokens=3)
+    raised: dict[str, list[float]] = {}
+    boost = last_row_boosted(vlm, inputs, 2.0)
+    width = inputs["input_ids"].shape[1]
+    visual = torch.isin(inputs["input_ids"][0], torch.tensor([vlm.model.config.image_token_id]))
+
+    def note(layer, scores, hidden):
+        scores = boost(layer, scores, hidden)
+        shown = scores.softmax(-1)[0, :, -1, :width]
+        raised.setdefault(layer, []).append(shown[:, visual].sum(-1).mean().item())
+        return scores
+
+    with full_maps(vlm.model, note, before_softmax=True), torch.no_grad():
+        vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert found["after"]["answer"]["image"] == pytest.approx([sum(x) / len(x) for x in raised.values()], abs=2e-4)
+    contrast = measure(vlm.model, "pai:gamma=1.5,alpha=2.0,layers=all", [inputs], new_tokens=1)
+    without = measure(vlm.model, "pai:gamma=1.0,alpha=2.0,layers=all", [inputs], new_tokens=1)
+    assert contrast == without
+
+
+def test_a_method_that_asks_the_tower(vlm):
+    """PAINT knows its tokens by the tower's attention, with a probe before it too."""
+    inputs = vlm.prompts([[4, "a", 5]])
+    spec = "paint:gamma=1.0,alpha=3.0,beta=3.0,layers=all,fallback=received"
+    found = measure(vlm.model, spec, [inputs], new_tokens=1)
+    for before, after in zip(found["before"]["answer"]["image"][:1], found["after"]["answer"]["image"]):
+        assert after > before + 1e-3
+    assert found["after"]["prompt"]["image"][0] > found["before"]["prompt"]["image"][0]  # the last row is of both
+
+
 def test_the_model_is_left_as_it_was(vlm):
     inputs = vlm.prompts([[4, "a", 5]])
     plain = vlm.model(**inputs).logits

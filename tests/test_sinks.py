@@ -202,6 +202,9 @@ def test_massive_activations_are_found(fresh, name):
     assert "|x_3|" in lines[2] and "|x_17|" in lines[2] and lines[-1].startswith("sink metric (epsilon 0.3)")
     with vlmfast.patch(vlm.model, VAR(layers="1:", tau=3.8, dims=sinks.setting)):
         pass  # what it found is what methods take
+    longest = int(inputs["attention_mask"].sum(1).argmax())
+    inputs["input_ids"][longest, 0] = 5  # now only prompts behind padding begin with BOS
+    assert vlmfast.find_sinks(vlm.model, inputs, tau=3.8).dims == MASSIVE
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

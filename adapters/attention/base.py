@@ -25,17 +25,19 @@ def attending(model: Sizes) -> list[int]:
     return [n for n, layer in enumerate(model.decoder.layers) if isinstance(layer.mixer, Attention)]
 
 
-@functools.cache
 def _heads_file(path: str) -> dict[int, tuple[int, ...]]:
     """Heads by layer from a JSON file {"layer": [head, ...]}."""
     try:
         content = json.loads(Path(path).read_text())
-        return {int(layer): tuple(sorted({int(head) for head in heads})) for layer, heads in content.items()}
+        found = {int(layer): tuple(sorted({int(head) for head in heads})) for layer, heads in content.items()}
     except (AttributeError, TypeError, ValueError, OSError) as error:
         raise ValueError(
             f"heads={path!r}: neither heads joined by slashes (0/4/5) nor a JSON file "
             f'{{"layer": [head, ...]}}: {error}'
         ) from error
+    if any(min(heads, default=0) < 0 for heads in found.values()):
+        raise ValueError(f"heads={path!r}: layers and heads are counted from 0")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,17 +111,21 @@ class HeadEdit(AttentionEdit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads is not None:
-            self.heads_of(0)
+        self.heads_of(0)
 
-    def heads_of(self, layer: int) -> tuple[int, ...] | None:
-        """The heads to edit in a layer, ascending; None: all."""
+    @functools.cached_property
+    def _heads(self) -> tuple[int, ...] | dict[int, tuple[int, ...]] | None:
+        """The heads of every layer, or by layer, as the file had them when this was made; None: all."""
         if self.heads is None:
             return None
         text = str(self.heads)
         if all(piece.strip().isdigit() for piece in text.split("/")):
             return tuple(sorted({int(piece) for piece in text.split("/")}))
-        return _heads_file(text).get(layer, ())
+        return _heads_file(text)
+
+    def heads_of(self, layer: int) -> tuple[int, ...] | None:
+        """The heads to edit in a layer, ascending; None: all."""
+        return self._heads.get(layer, ()) if isinstance(self._heads, dict) else self._heads
 
     def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:
         """As `AttentionEdit.where`, without the layers of which no head is to be edited."""
@@ -138,6 +144,8 @@ class HeadEdit(AttentionEdit):
 
     def statistic(self, model: Sizes, rows: float, keys: float) -> int:
         """X2 of the scores of some rows over some keys, of the heads that are edited in all edited layers."""
+        if self.neutral:
+            return 0
         total = 0.0
         for number in self.where(attending(model), len(model.decoder.layers)):
             layer, heads = model.decoder.layers[number], self.heads_of(number)

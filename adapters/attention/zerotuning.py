@@ -52,7 +52,8 @@ class ZeroTuning(HeadEdit):
         super().__post_init__()
         if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)) or not 0 <= self.gamma < 1e6:
             raise ValueError(f"gamma={self.gamma!r}: a number from 0 on; 1 changes nothing")
-        if not (self.start == self.end == 0 or 0 <= self.start < self.end):
+        whole = all(isinstance(place, int) for place in (self.start, self.end))
+        if not whole or not (self.start == self.end == 0 or 0 <= self.start < self.end):
             raise ValueError(f"start={self.start!r}, end={self.end!r}: tokens start to end - 1 of the prompt")
 
     @property
@@ -69,6 +70,15 @@ class ZeroTuning(HeadEdit):
         total = total.masked_fill(alone, 1.0)
         return torch.where(alone, 1.0, self.gamma / total), 1 / total
 
+    def exact(self, masses: Tensor) -> Tensor:
+        """Factors of (the initial token, the others) for their masses. [..., 2] -> [..., 2]"""
+        total = self.gamma * masses[..., 0] + masses[..., 1]
+        alone = total == 0  # gamma is 0 and the row sees nothing else
+        if self.parity != "official":
+            total = total.masked_fill(alone, 1.0)
+        found = torch.stack([self.gamma / total, 1 / total], dim=-1)
+        return found if self.parity == "official" else found.masked_fill(alone[..., None], 1.0)
+
     def scaled(self, call: Call) -> Tensor:
         """Which keys are scaled. bool [B, 1, K]"""
         columns = torch.arange(call.key.shape[2], device=call.key.device)
@@ -79,7 +89,7 @@ class ZeroTuning(HeadEdit):
 
     def edit(self, call: Call) -> Tensor:
         """All rows, corrected by the scaled keys."""
-        return call.correct(self.scaled(call), self.factors, self.picked(call))
+        return call.correct(self.scaled(call), self.factors, self.picked(call), exact=self.exact)
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The scaled keys' scores and values, again, in every row."""

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from vlmfast.edits import EditsDoor
 from vlmfast.edits.door import real_tokens
-from vlmfast.lockstep import alone
+from vlmfast.lockstep import alone, streaming
 from vlmfast.patching import HANDLE, Patch
 from vlmfast.steps import Leave, StepsDoor
 
@@ -145,7 +145,7 @@ class Behind:
     def __call__(self, mlp: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Steer what leaves it."""
         door = self.door
-        if door.running or not door.steps.running or door.directions is None:
+        if door.running or not door.steps.running or door.directions is None or streaming():
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         steered = door.steer(hidden, door.directions.layers[self.number].to(hidden.device)).to(hidden.dtype)

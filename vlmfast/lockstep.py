@@ -2,9 +2,10 @@
 
 A method that compares what a layer does with and without a picture needs both at once, and must be able to change both
 before the next layer. Rows of text beside the prompts in one batch would be padded to the prompts' length; here they
-are as long as their text. The base model is called once on the text alone with layers that do nothing but note what
-they are given (masks, rotary embeddings, whatever the family makes), which costs the embeddings; then every layer runs
-when it is asked for, on the text's own hidden states, without a cache, without gradients, and past all hooks.
+are as long as their text. The base model is called once on the text alone, with stand-ins of its layers that do
+nothing but note what they are given (masks, rotary embeddings, whatever the family makes), which costs the embeddings;
+then every layer runs when it is asked for, on the text's own hidden states, without a cache, without gradients, and
+past the layers' hooks.
 
 "Without its pictures" means: without the placeholders. Tokens that a template puts around them are text like any other
 (`<|vision_start|>`, `<row_1_col_1>`, ...), and positions count the text alone.
@@ -14,45 +15,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import Context
+from contextvars import Context, ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmfast.attention import EDIT
 
 Heads = Callable[[Tensor], Tensor]
+_streaming: ContextVar[bool] = ContextVar("vlmfast_streaming", default=False)
 
 
-@dataclass(frozen=True)
-class _Note:
-    """Stands for a layer's `forward`: notes its arguments and hands the hidden states on."""
+def streaming() -> bool:
+    """Whether an image-free stream runs, for hooks inside layers: they are about the prompts."""
+    return _streaming.get()
 
-    number: int
-    noted: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]]
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+Noted = dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]]  # what layers are given: by number
+
+
+class _Note(nn.Module):
+    """Stands for a decoder layer: notes its arguments and hands the hidden states on."""
+
+    def __init__(self, number: int, layer: nn.Module, noted: Noted) -> None:
+        super().__init__()
+        self.number, self.noted = number, noted
+        self.__dict__["layer"] = layer  # no module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        """What a decoder asks its layers for, such as the kind of their attention."""
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Nothing but noting."""
         self.noted[self.number] = hidden_states, args, kwargs
         return hidden_states
 
 
 @contextmanager
-def _noting(layers: Sequence[Any]) -> Iterator[dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]]]:
-    """Let the layers note what they are given, and do nothing else."""
-    noted: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
-    before = [layer.__dict__.get("forward") for layer in layers]
+def _noting(decoder: Any) -> Iterator[Noted]:
+    """Let stand-ins of the layers note what these would be given."""
+    noted: Noted = {}
+    layers = decoder.layers
+    decoder._modules["layers"] = nn.ModuleList(_Note(number, one, noted) for number, one in enumerate(layers))
     try:
-        for number, layer in enumerate(layers):
-            layer.__dict__["forward"] = _Note(number, noted)
         yield noted
     finally:
-        for layer, own in zip(layers, before):
-            if own is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.__dict__["forward"] = own
+        decoder._modules["layers"] = layers
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class ImageFree:
     mask: Tensor
     last: int
     memory: dict[str, Any] = field(default_factory=dict)
-    _noted: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _noted: Noted = field(default_factory=dict, repr=False)
     _hidden: Tensor | None = field(default=None, repr=False)
     _next: int = 0
 
@@ -142,10 +153,10 @@ class ImageFree:
         if found is None:
             return None
         rows, mask, inputs = found
-        layers = base.get_decoder().layers
-        with torch.no_grad(), _noting(layers) as noted:
+        decoder = base.get_decoder()
+        with torch.no_grad(), _noting(decoder) as noted:
             base.forward(**inputs, use_cache=False)
-        return cls(layers, rows, mask, last, _noted=noted)
+        return cls(decoder.layers, rows, mask, last, _noted=noted)
 
     def through(self, number: int, edit: Heads) -> None:
         """Take the stream through the layers up to `number`, whose attention is edited.
@@ -161,6 +172,7 @@ class ImageFree:
 
     @torch.no_grad()
     def _through(self, number: int, edit: Heads) -> None:
+        _streaming.set(True)  # in a context of its own
         for one in range(self._next, number + 1):
             hidden, args, kwargs = self._noted.pop(one)
             turn = {EDIT: _Turn(edit)} if one == number else {}

@@ -297,13 +297,14 @@ def test_an_error_while_noting_leaves_the_layers_whole(vlm, monkeypatch):
     inputs = vlm.prompts(ROWS[:1])
     plain = vlm.model(**inputs).logits
     base = vlm.model.model.get_decoder()
+    layers = base.layers
     with vlmfast.patch(vlm.model, VHR(layers="all")):
         forward = type(base.norm).forward
         monkeypatch.setattr(type(base.norm), "forward", lambda self, hidden: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             vlm.model(**inputs)
         monkeypatch.setattr(type(base.norm), "forward", forward)
-        assert not any("forward" in layer.__dict__ for layer in base.layers)
+        assert base.layers is layers
     assert torch.equal(vlm.model(**inputs).logits, plain)
 
 
@@ -316,7 +317,7 @@ def test_hooks_of_layers_see_the_prompts_alone(vlm):
         hook.remove()
     text = int((~visual_tokens(vlm.model, inputs["input_ids"])).sum())
     assert seen.count(inputs["input_ids"].shape[1]) == 1
-    assert seen.count(text) <= 1, "only to note what the layer is given"
+    assert not seen.count(text)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_5"])

@@ -195,7 +195,10 @@ def behind(base: Any, layer: nn.Module, ids: Tensor) -> Tensor:
     )
     try:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]  # the same on all axes of M-RoPE
-        base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False)
+        more = {}
+        if not getattr(getattr(layer, "self_attn", None), "is_causal", True):  # PaliGemma: as what it writes itself
+            more["token_type_ids"] = torch.ones_like(ids)
+        base(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions, use_cache=False, **more)
     finally:
         hook.remove()
     return seen[0]

@@ -25,7 +25,6 @@ from rich.table import Table
 from transformers import AutoConfig
 
 import vlmfast
-from vlmfast.adapter import Adapter
 from vlmfast.adapters import ADAPTERS, from_spec, to_spec
 from vlmfast.decoders import Attention, decoder
 from vlmfast.eval.environment import describe
@@ -172,7 +171,7 @@ def profile(
     return found
 
 
-def the_method(spec: str) -> Adapter:
+def the_method(spec: str) -> Any:
     """The one method of a spec whose heads can be chosen. ValueError for any other spec."""
     with_heads = [name for name, cls in ADAPTERS.items() if "heads" in cls.settings()]
     methods = from_spec(spec)

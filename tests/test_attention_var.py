@@ -10,10 +10,12 @@ import pytest
 import torch
 from attention_oracle import full_maps
 from test_sinks import BOS, MASSIVE, with_sinks
+from torch.utils.flop_counter import FlopCounterMode
 
 import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.adapters.attention.var import NOTHING, VAR
+from vlmfast.decoders import Sizes, decoder
 from vlmfast.edits import Call
 from vlmfast.families import family_of
 
@@ -385,6 +387,27 @@ def test_composed_with_pruning(vlm):
 
 ORACLE = Oracle.__new__(Oracle)
 ORACLE.dims, ORACLE.tau = DIMS, 1.8
+
+
+def test_what_it_multiplies(fresh):
+    """The count of the products that run, and the method's own answer."""
+    vlm = fresh("llava")
+    vlm.model.set_attn_implementation("eager")
+    inputs = vlm.prompts([["a", 7]])
+    sizes = Sizes(decoder=decoder(vlm.model.config), tower=None, vision=None, projects=True)
+    picture = dataclasses.make_dataclass("Picture", ["span"])(inputs["input_ids"].shape[1] - 7)
+
+    def count():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            vlm.model(**inputs, logits_to_keep=1)
+        return counter.get_total_flops()
+
+    plain = count()
+    for layers in ("all", "1"):
+        method = VAR(**(STRICT | {"layers": layers, "tau": 1.5}))
+        with vlmfast.patch(vlm.model, method):
+            assert count() - plain == method.selection_flops(picture, 7, sizes) > 0
+    assert VAR(layers="all", p=1).selection_flops(picture, 7, sizes) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

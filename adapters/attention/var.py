@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.attention.base import AttentionEdit, attending
-from vlmfast.decoders import Sizes
+from vlmfast.decoders import Attention, Sizes
 from vlmfast.edits import Call
 from vlmfast.patching import Patch
 from vlmfast.sinks import TAU, known, massive, parsed, sizes, spelled
@@ -55,6 +55,7 @@ from vlmfast.towers import Picture
 KEPT, SHARE = 0.6, 0.5  # p and rho of the code
 LAYERS = "2:-1"
 SINKS, DIMS, ACTIVE = "sinks", "dims", "active"  # what a layer remembers
+CLASSES = 3  # text sinks, visual sinks, other visual tokens
 EPS = 1e-6
 # Why nothing was redistributed, from the first thing that was missing on.
 NOTHING = tuple(
@@ -221,11 +222,18 @@ class VAR(AttentionEdit):
         return call.redistribute(self.classes(call), lambda masses: self.factors(masses, n), self.rows(call))
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
-        """Scores and values of the text's rows, again: all of it, as if the picture came first."""
-        return sum(
-            2 * model.decoder.layers[layer].statistic(text, picture.span + text)
-            for layer in self.where(attending(model), len(model.decoder.layers))
-        )
+        """The text's rows again: scores, values, masses and factors of the classes.
+
+        All of the text, as if the picture came first and had sinks in every layer.
+        """
+        if self.neutral:
+            return 0
+        keys, total = picture.span + text, 0
+        for number in self.where(attending(model), len(model.decoder.layers)):
+            layer = model.decoder.layers[number]
+            assert isinstance(layer.mixer, Attention)
+            total += 2 * layer.statistic(text, keys) + 2 * 2 * CLASSES * layer.mixer.heads * text * keys
+        return total
 
 
 def _is_number(value: Any) -> bool:

@@ -296,7 +296,9 @@ def test_direct_calls_and_training_are_plain(vlm):
         assert torch.equal(vlm.model(**inputs, labels=labels).loss, loss)
 
 
-@pytest.mark.parametrize("other", ["zerotuning:gamma=4,layers=0", "random:keep=0.5", "fastv:keep=0.5,layer=1"])
+@pytest.mark.parametrize(
+    "other", ["zerotuning:gamma=4,layers=0", "vhr:layers=0", "random:keep=0.5", "fastv:keep=0.5,layer=1"]
+)
 def test_beside_other_methods(vlm, other):
     """The branch is the same patched model, and what is reported is about the prompts."""
     inputs = vlm.prompts(ROWS)
@@ -309,6 +311,7 @@ def test_beside_other_methods(vlm, other):
         report = handle.report()
     assert not torch.equal(plain, expected)
     assert [p.per_layer for p in report.prompts] == [p.per_layer for p in alone.prompts]
+    assert set(alone.notes) <= set(report.notes)
     assert any("contrasted with the same text without its pictures" in note for note in report.notes)
 
 

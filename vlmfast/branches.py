@@ -282,11 +282,8 @@ class Running(LogitsProcessor):  # type: ignore[misc]
         elif len(order):
             self._reorder(order)
         assert self.seen is not None and self.logits is not None
-        known = self.seen.shape[1]
-        # A state of all tokens goes on one by one.
-        for part in ids[:, known:].split(1 if self.door.patch.family.hybrid else ids.shape[1], dim=1):
-            if part.shape[1]:
-                self._forward(part)
+        if ids.shape[1] > self.seen.shape[1]:
+            self._forward(ids[:, self.seen.shape[1] :])
         self.seen = ids
         return self.logits
 

@@ -69,8 +69,9 @@ class Walker(Protocol):
 class Judgement:
     """What a method makes of C candidates of n beams.
 
-    penalty: [n, C] what the candidates' logits lose, `Guide.alpha` times. places: int64 [n, C] the generated token that each leans on most.
-    memory: of the step, for when the search comes back to it; grown: what becomes of it behind each candidate.
+    penalty: [n, C] what the candidates' logits lose, `Guide.alpha` times. places: int64 [n, C] the generated token
+    that each leans on most. memory: of the step, for when the search comes back to it; grown: what becomes of it
+    behind each candidate.
     """
 
     penalty: Tensor
@@ -276,11 +277,12 @@ def search(
             floor = -999.0 if guide.official else -torch.inf
             allowed = torch.full_like(logits, floor).scatter(1, candidates, penalised)
         else:
-            now = history[min(back, count - 1)]
-            del history[min(back, count - 1) + 1 :]
+            kept = min(back, count - 1)  # by one step at least
+            now = history[kept]
+            del history[kept + 1 :]
             state, logits = walker.back(state, now.tokens)
             tally.calls, tally.rows, tally.backs = tally.calls + 1, tally.rows + n, tally.backs + 1
-            allowed = _reject(guide, now, logits, back, count, rejected)
+            allowed = _reject(guide.official, now, logits, back if guide.official else kept, count, rejected)
             sequences = torch.cat([prompt.expand(n, -1), now.tokens], dim=1)
             linked = now if guide.official else None
         values = process(sequences, allowed.log_softmax(-1)) + now.scores[:, None]
@@ -313,12 +315,15 @@ def search(
         now = Moment(beams_on, lineage, choice.scores, memory, choice.ended)
 
 
-def _reject(guide: Guide, now: Moment, logits: Tensor, back: int, count: int, rejected: dict[int, Tensor]) -> Tensor:
-    """The logits of a step that the search has come back to, without what was chosen there before. [n, V]"""
+def _reject(official: bool, now: Moment, logits: Tensor, back: int, count: int, rejected: dict[int, Tensor]) -> Tensor:
+    """The logits of a step that the search has come back to, without what was chosen there before. [n, V]
+
+    rejected: continuations (beam * V + token) by numbers of tokens; `back` is the step's, `count` where it came from.
+    """
     assert now.chosen is not None
     size = logits.shape[-1]
     pairs = now.chosen[0] * size + now.chosen[1]
-    if guide.official:  # the list of 512 positions is cleared at its end, whichever positions were left
+    if official:  # the list of 512 positions is cleared at its end, whichever positions were left
         for place in [*range(512 - max(0, count - 1 - back), 512), back + 1]:
             rejected.pop(place, None)
         logits = logits - (999.0 + logits.amin(-1, keepdim=True))
@@ -326,5 +331,5 @@ def _reject(guide: Guide, now: Moment, logits: Tensor, back: int, count: int, re
         for place in [place for place in rejected if place > back]:
             del rejected[place]
     rejected[back] = torch.cat([rejected[back], pairs]) if back in rejected else pairs
-    floor = -999.0 if guide.official else -torch.inf
+    floor = -999.0 if official else -torch.inf
     return logits.flatten().index_fill(0, rejected[back], floor).view_as(logits)

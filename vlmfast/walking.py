@@ -153,7 +153,8 @@ class ModelWalker:
         """What the cache's rows share with `tokens` stays; the rest is forwarded again, one token at least."""
         count, shared = tokens.shape[1], 0
         if crops(state.cache):
-            same = state.tokens[None, :, :count] == tokens[:, None]
+            both = min(count, state.tokens.shape[1])
+            same = state.tokens[None, :, :both] == tokens[:, None, :both]
             lengths, rows = same.long().cumprod(-1).sum(-1).max(1)  # [n], the row that goes with each the longest way
             shared = min(int(lengths.min()), count - 1)
             cache = fork(state.cache, rows)
@@ -268,7 +269,7 @@ class Loop:
         """In the form that `generate` returns."""
         returned, beams = self.config.num_return_sequences, self.config.num_beams
         pad, end = prepared._pad_token_tensor, prepared._eos_token_tensor
-        fill = int(pad or end[0]) if end is not None else (-1 if pad is None else int(pad))  # as transformers has it
+        fill = -1 if end is None else int(pad or end[0])  # as transformers' beam search has it
         width = max(len(one.tokens) for one in found)
         tokens = ids.new_full((len(found), width), fill)
         lineage = torch.full((len(found), width), -1, dtype=torch.int32, device=ids.device)
@@ -316,10 +317,6 @@ class SearchDoor:
         mode = config.get_generation_mode(given.get("assistant_model"))
         if mode != GenerationMode.BEAM_SEARCH:
             raise NotImplementedError(f"{name} is a beam search of its own, generate is set to {mode.value}")
-        if (config.num_return_sequences or 1) > beams:
-            raise ValueError(
-                f"num_return_sequences={config.num_return_sequences} of num_beams={beams}: no more than beams"
-            )
         if config.use_cache is False:
             raise ValueError(f"{name} needs the cache: leave out use_cache=False")
         if given.get("prefix_allowed_tokens_fn") is not None or config.guidance_scale not in (None, 1):

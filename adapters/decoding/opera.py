@@ -144,7 +144,7 @@ class Opera(Decoding):
         grown, scores = self.grown(memory.window, look.generated)
         largest, places = scores.max(-1)
         if not self.official:
-            largest = largest.clamp(max=math.log(MOST)).exp()
+            largest = largest.exp().clamp(max=MOST)
         phi = -look.visual if scores.shape[-1] <= EARLY else largest
         seen = torch.cat([memory.places, mode(places)[:, None]], dim=1)
         return Judgement(phi, places, replace(memory, places=seen), grown)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import interpreter  # noqa: F401  first: see there
 import pytest
 import tiny_llava
 import tiny_others

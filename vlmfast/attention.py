@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from vlmfast import kernels
 from vlmfast.visual import Score
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ def column_mean(
     Before the softmax, the mean is over the rows that see the key (-inf where none does).
     """
     (batch, heads, n_query, _), kv_heads, n_key = query.shape, key.shape[1], key.shape[2]
+    if softmax and kernels.usable(query, key):
+        places = torch.arange(n_key - n_query, n_key, device=query.device) if causal else None
+        sums: Tensor = kernels.launcher().column_sums(query, key, scaling, mask, places=places)[0]
+        return sums.sum(dim=1) / (heads * n_query)
     on_cpu = query.device.type == "cpu"
     step = 1 if on_cpu else kv_heads  # key heads at a time, with all their query heads
     group = heads // kv_heads

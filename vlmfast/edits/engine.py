@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,11 @@ class Seen:
             keys = self.keys[:, None, None, :n_key]
             seen = keys if seen is None else seen & keys
         return seen
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """As the kernels take it."""
+        return {"mask": self.mask, "keys": self.keys, "places": self.places, "window": self.window}
 
     def at(self, columns: Tensor, n_query: int, n_key: int) -> Tensor | None:
         """Which of a few keys each query sees. columns: int64 [B, H or 1, S] -> bool [B, H or 1, Q, S]"""
@@ -144,13 +150,14 @@ def redistribute(
     classes: bool [C, B or 1, H or 1, K], at most one of them true for a key; keys of no class keep their probability.
     factors: masses [B, H, Q, C] (fp32) -> factors [B, H, Q, C]; asked block by block.
     """
-    if kernels.usable(query):
-        return kernels.redistribute(query, key, value, classes, factors, scaling, seen)
+    if len(classes) <= kernels.MOST_CLASSES and kernels.usable(query, key, value):
+        edited: Tensor = kernels.launcher().redistribute(query, key, value, classes, factors, scaling, **seen.parts)
+        return edited
     member = classes.movedim(0, -1).float()  # [B or 1, H or 1, K, C]
     parts = []
     for rows in blocks(query, key.shape[2]):
-        mask = seen.of(rows, key.shape[2])
-        shown = _shown(attention_rows(query[:, :, rows], key, slice(None), scaling, mask), mask)
+        scores = masked_scores(query, key, scaling, seen, rows)
+        shown = _shown(scores.softmax(dim=-1), seen.of(rows, key.shape[2]))
         wanted = factors(shown @ member)
         shown = shown * (1 + (wanted - 1) @ member.transpose(-1, -2))
         parts.append(weighted(shown, value))
@@ -184,8 +191,9 @@ def with_lse(
     causal: `seen` says no more than that query i sees key i and those before it. On a CPU the very kernel behind SDPA
     gives both. Not differentiable in the log-sum-exp.
     """
-    if kernels.usable(query):
-        return kernels.with_lse(query, key, value, scaling, seen, causal)
+    if kernels.usable(query, key, value):
+        found: tuple[Tensor, Tensor] = kernels.launcher().with_lse(query, key, value, scaling, **seen.parts)
+        return found
     if query.device.type == "cpu" and query.shape[-1] == value.shape[-1]:
         mask = None if causal else seen.of(slice(None), key.shape[2])
         if mask is not None:
@@ -198,10 +206,10 @@ def with_lse(
         return out, lse
     outs, sums = [], []
     for rows in blocks(query, key.shape[2]):
-        mask = seen.of(rows, key.shape[2])
-        scores = attention_rows(query[:, :, rows], key, slice(None), scaling, mask, softmax=False)
+        scores = masked_scores(query, key, scaling, seen, rows)
         sums.append(scores.logsumexp(dim=-1))
-        outs.append(weighted(_shown(scores.softmax(dim=-1), mask), value).to(value.dtype))
+        shown = _shown(scores.softmax(dim=-1), seen.of(rows, key.shape[2]))
+        outs.append(weighted(shown, value).to(value.dtype))
     return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
@@ -214,6 +222,9 @@ def column_sums(
     rows: bool [B, Q], the queries that count; None: all. Those that see nothing (padding) count nothing, and their
     log-sum-exp is -inf. The log-sum-exp is there for every query, counted or not.
     """
+    if kernels.usable(query, key):
+        found: tuple[Tensor, Tensor] = kernels.launcher().column_sums(query, key, scaling, rows=rows, **seen.parts)
+        return found
     sums = query.new_zeros(*query.shape[:2], key.shape[2], dtype=torch.float32)
     logs = []
     for part in blocks(query, key.shape[2]):
@@ -292,7 +303,8 @@ def correct(
     `redistribute` makes such rows explicitly.
     """
     out, lse = with_lse(query, key, value, scaling, seen, causal)
-    return corrected(out, lse, query, key, value, few, factors, scaling, seen)
+    edited, ill = corrected(out, lse, query, key, value, few, factors, scaling, seen)
+    return None if bool(ill.any()) else edited
 
 
 def corrected(
@@ -305,12 +317,13 @@ def corrected(
     factors: Callable[[Tensor], tuple[Tensor, Tensor]],
     scaling: float,
     seen: Seen = EVERYTHING,
-) -> Tensor | None:
-    """`correct` where the attention [B, H, Q, d] and the log-sum-exp of its rows [B, H, Q] are there already."""
+) -> tuple[Tensor, Tensor]:
+    """`correct` where the attention [B, H, Q, d] and the log-sum-exp of its rows [B, H, Q] are there already.
+    -> [B, H, Q, d], and which rows are ill-conditioned, bool [B, H, Q]
+    """
     visible = seen.at(few.columns, query.shape[2], key.shape[2])
     found = shares(query, key, few, lse, scaling, visible)
     on_few, on_others = factors(found.sum(dim=-1))
-    if not float(on_others.max()) <= LARGEST_FACTOR.get(out.dtype, LARGEST_FACTOR_HALF):
-        return None
+    ill = ~(on_others <= LARGEST_FACTOR.get(out.dtype, LARGEST_FACTOR_HALF))  # NaN is, too
     moved = ((on_few - on_others)[..., None] * found) @ few.take(value, query.shape[1]).float()
-    return (on_others[..., None] * out.float() + moved).to(out.dtype)
+    return (on_others[..., None] * out.float() + moved).to(out.dtype), ill

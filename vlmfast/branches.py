@@ -165,6 +165,8 @@ class ImageFreeBranch:
 class BranchDoor:
     """Lets one method decode with a branch, on one patched model."""
 
+    branch: Branch
+
     def __init__(self, patch: Patch, branch: Branch) -> None:
         handle = patch.model.__dict__[HANDLE]
         others = [one.branch.name for one in handle.reporters if isinstance(one, BranchDoor)]
@@ -241,7 +243,7 @@ class Generate:
         return ids != pad
 
 
-class Running(LogitsProcessor):  # type: ignore[misc]
+class Running(LogitsProcessor):
     """The branch of one running `generate`."""
 
     def __init__(self, door: BranchDoor, ids: Tensor, real: Tensor, given: Mapping[str, Any]) -> None:

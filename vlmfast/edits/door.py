@@ -207,7 +207,8 @@ class EditsDoor:
                     f"{editor.name} and {self.editors[number].name} both edit the attention of layer {number}: "
                     "choose one, or give them different layers"
                 )
-        if wanted := getattr(editor, "wanted", lambda tower: {})(self.patch.tower):
+        wanted: Mapping[str, Score] = getattr(editor, "wanted", lambda tower: {})(self.patch.tower)
+        if wanted:
             Door.telling(self.patch)  # puts the encoders in place that take them
             for source in self.patch.family.sources.values():
                 getattr(self.patch.base, source.encode).add(self.patch, list(wanted.values()))

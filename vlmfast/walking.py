@@ -58,17 +58,51 @@ def _rows(value: Any, rows: Tensor, count: int, least: int = 1) -> Any:
     return value
 
 
-def fork(cache: Any, rows: Tensor) -> Any:
+class Taken(DynamicLayer):
+    """Rows of another layer, that are copied when the next tokens come: once, with room for them."""
+
+    def __init__(self, layer: DynamicLayer, rows: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.source: DynamicLayer | None = layer
+        self.rows = rows.to(layer.keys.device)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `DynamicLayer.update`."""
+        if self.source is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.keys = self._longer(self.source.keys, key_states)
+        self.values = self._longer(self.source.values, value_states)
+        self.source = None
+        return self.keys, self.values
+
+    def _longer(self, before: Tensor, new: Tensor) -> Tensor:
+        held, rows, heads, count, width = before.shape[2], *new.shape
+        longer = before.new_empty(rows, heads, held + count, width)
+        torch.index_select(before, 0, self.rows, out=longer[:, :, :held])
+        longer[:, :, held:] = new
+        return longer
+
+    def get_seq_length(self) -> int:
+        """Tokens held, also before they are copied."""
+        return super().get_seq_length() if self.source is None else self.source.get_seq_length()
+
+
+def fork(cache: Any, rows: Tensor, grows: bool = False) -> Any:
     """A cache of some rows of another one, which stays as it is, with all that a patch has left on it. int64 [R]
 
-    Raises NotImplementedError for caches that hold more than tensors.
+    grows: tokens follow before anything else is done with it. Raises NotImplementedError for caches that hold more
+    than tensors.
     """
     if type(cache) not in (DynamicCache, StaticCache) or cache.offloading:
         raise NotImplementedError(
             f"a search on a {'offloaded ' * cache.offloading}{type(cache).__name__}: use the default or a static cache"
         )
     twin = copy.copy(cache)
-    twin.layers = [_fork_layer(layer, rows) for layer in cache.layers]
+    twin.layers = [
+        Taken(layer, rows) if grows and _plain(layer) and layer.get_seq_length() else _fork_layer(layer, rows)
+        for layer in cache.layers
+    ]
     for name in (STATE, EDITS, LAYERS):
         state = getattr(cache, name, None)
         if state is not None:
@@ -99,11 +133,15 @@ def _fork_layer(layer: Any, rows: Tensor) -> Any:
     return twin
 
 
+def _plain(layer: Any) -> bool:
+    """Whether a layer holds nothing but the keys and values of all tokens."""
+    return type(layer) in (DynamicLayer, Taken)
+
+
 def crops(cache: Any) -> bool:
     """Whether the last tokens of a cache can be cut off."""
     return all(
-        type(layer) is DynamicLayer
-        or (type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window)
+        _plain(layer) or (type(layer) is DynamicSlidingWindowLayer and layer.get_seq_length() < layer.sliding_window)
         for layer in cache.layers
     )
 
@@ -139,7 +177,7 @@ class ModelWalker:
 
     def step(self, state: Rows, rows: Tensor, tokens: Tensor) -> tuple[Rows, Tensor, Look]:
         """One batch, whose last layer is looked at."""
-        ahead = Rows(fork(state.cache, rows), torch.cat([state.tokens[rows], tokens[:, None]], dim=1))
+        ahead = Rows(fork(state.cache, rows, grows=True), torch.cat([state.tokens[rows], tokens[:, None]], dim=1))
         with self.eye.open(ahead.tokens.shape[1]) as seen:
             logits = self._forward(ahead, 1)
         assert seen.look is not None

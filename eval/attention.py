@@ -56,7 +56,7 @@ def measure(
     layers: tuple[int, ...] = ()
     depth = model.config.get_text_config().num_hidden_layers
     # Where tokens were dropped, what a method remembers of those that are left does not say which they were.
-    sinks = {} if any(adapter.drops for adapter in from_spec(spec)) else None
+    sinks: dict[int, Tensor] | None = {} if any(adapter.drops for adapter in from_spec(spec)) else None
     for inputs in prompts:
         if len(inputs["input_ids"]) != 1:
             raise ValueError(f"one prompt at a time: got a batch of {len(inputs['input_ids'])}")

@@ -424,7 +424,10 @@ def test_decoding_starts_from_the_same_cache_every_time(llava):
     lengths = []
     hook = model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: lengths.append(
-            (kwargs["inputs_embeds"].shape[1], kwargs["past_key_values"].get_seq_length())
+            (
+                kwargs["inputs_embeds"].shape[1],
+                kwargs["past_key_values"] and kwargs["past_key_values"].get_seq_length(),
+            )
         ),
         with_kwargs=True,
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from attention_oracle import full_maps
 from test_promises import ROWS, encoder_inputs, snapshot
-from tiny import IMAGE
+from tiny import IMAGE, VIDEO
 from torch import Tensor
 
 import vlmfast
@@ -196,6 +196,27 @@ def test_views_choose_each_for_themselves(fresh, monkeypatch):
         int(0.25 * len(view)) for image in images for view in image.views
     )  # but for those that are of both sets
     assert 0 < int((codes == 1).sum()) <= expected
+
+
+@pytest.mark.parametrize("family", ["video_llava", "llava_onevision", "qwen2_5_vl"])
+def test_frames_choose_each_for_themselves(fresh, monkeypatch, family):
+    vlm, noted = fresh(family), Marks(monkeypatch)
+    inputs = vlm.prompts([[3, "A", 2], [2, "b", 1, "A", 6]])
+    method = PAINT(alpha=ALPHA, gamma=1, **needed(vlm))
+    with vlmfast.patch(vlm.model, method):
+        vlm.model(**inputs)
+    call = noted.calls[0]
+    codes = [call.marks["paint"][row][inputs["input_ids"][row] == VIDEO] for row in range(2)]
+    assert torch.equal(*codes), "the same video in both rows"
+    name = "get_video_features"
+    names = set(inspect.signature(getattr(vlm.model.model, name)).parameters) & set(inputs)
+    videos = encode_images(vlm.model, [method], modality="video", **{n: inputs[n] for n in names})
+    frames = [view for view in videos[0].views if view.kind == "frame"]
+    assert len(frames) > 1
+    slots = torch.arange(len(videos[0])) if videos[0].slots is None else videos[0].slots
+    for frame in frames:
+        local = int((codes[0][slots[frame.index]] == 1).sum())
+        assert local <= int(0.25 * len(frame)) and bool((codes[0][slots[frame.index]] != 0).any())
 
 
 @pytest.mark.parametrize("other", ["fastervlm:keep=0.5", "random:keep=0.4", "fastv:keep=0.5,layer=1"])

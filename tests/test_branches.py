@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 from conftest import build
+from peft import LoraConfig, get_peft_model
 from test_promises import ROWS, snapshot
 from tiny import IMAGE, PAD, VIDEO
 from torch import Tensor
@@ -324,6 +326,41 @@ def test_pictures_that_were_encoded_before(vlm):
         expected = vlm.model.generate(**inputs, **how)
         inputs.pop("pixel_values")
         assert torch.equal(vlm.model.generate(**inputs, **how, mm_encoder_outputs=encoder_outputs(images)), expected)
+
+
+def test_a_copy_an_adapter_and_half_precision(vlm):
+    """A deep copy has a branch of its own; LoRA around the model and bf16 have one, too."""
+    one = build(vlm.name)
+    inputs, how = one.prompts(ROWS), {"max_new_tokens": 4, "do_sample": False}
+    head = one.model.get_output_embeddings().weight
+    with vlmfast.patch(one.model, SPEC):
+        expected = one.model.generate(**inputs, **how)
+        twin = copy.deepcopy(one.model)
+        with torch.no_grad():
+            head.neg_()
+        assert torch.equal(twin.generate(**inputs, **how), expected)
+        with torch.no_grad():
+            head.neg_()
+    wrapped = get_peft_model(one.model, LoraConfig(target_modules=["q_proj"]))
+    with vlmfast.patch(wrapped, SPEC):
+        assert torch.equal(wrapped.generate(**inputs, **how), expected)
+    half = build(vlm.name)
+    half.model.to(torch.bfloat16)
+    with vlmfast.patch(half.model, SPEC):
+        assert half.model.generate(**half.prompts(ROWS), **how).shape == expected.shape
+
+
+@pytest.mark.parametrize("family", ["video_llava", "llava_next_video", "qwen2_5_vl"])
+def test_videos(family):
+    """Placeholders of every kind go."""
+    vlm = build(family)
+    inputs = vlm.prompts([[3, "A", 2], [2, "b", 1, "B", 6], [4]])
+    how = {"max_new_tokens": 4, "do_sample": False}
+    plain = vlm.model.generate(**inputs, **how)
+    expected = vlm.model.generate(**inputs, **how, logits_processor=[Afresh(vlm, inputs)])
+    with vlmfast.patch(vlm.model, SPEC):
+        found = vlm.model.generate(**inputs, **how)
+    assert torch.equal(found, expected) and not torch.equal(found[:2], plain[:2])
 
 
 def test_what_cannot_work_is_said(vlm):

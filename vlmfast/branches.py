@@ -177,7 +177,6 @@ class BranchDoor:
         self.patch, self.branch = patch, branch
         config = patch.model.config
         self.tokens = [int(getattr(config, source.token)) for source in patch.family.sources.values()]
-        self.running: Running | None = None
         handle.reporters.append(self)
         patch.set(patch.model, "generate", Generate(self, patch.model))
 
@@ -234,7 +233,7 @@ class Generate:
         config = given.get("generation_config") or self.model.generation_config
 
         def setting(name: str) -> Any:
-            return next((v for one in (given.get(name), getattr(config, name, None)) if (v := one) is not None), None)
+            return getattr(config, name, None) if given.get(name) is None else given[name]
 
         pad, ends = setting("pad_token_id"), setting("eos_token_id")
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
@@ -252,6 +251,7 @@ class Running(LogitsProcessor):
         self.visual = torch.isin(ids, torch.tensor(door.tokens, device=ids.device)) & real
         self.prompts: Prompts | None = None
         self.first: Start | None = None
+        self.whole = False  # whether that has no padding
         self.cache: Any = None
         self.seen: Tensor | None = None  # [R, n] tokens that the branch knows, as the user counts
         self.logits: Tensor | None = None  # [R, V] behind them
@@ -313,6 +313,7 @@ class Running(LogitsProcessor):
         assert self.prompts is not None
         if self.first is None:
             self.first = self.door.branch.start(self.prompts)
+            self.whole = bool(self.first.real.all())
         self.cache = DynamicCache(config=self.door.patch.model.config.get_text_config(decoder=True))
         self.seen = self.prompts.ids
         self._forward(None)
@@ -333,12 +334,12 @@ class Running(LogitsProcessor):
         with self.door.beside(width):
             output = model(
                 input_ids=tokens.to(model.device),
-                attention_mask=real.long().to(model.device),
+                attention_mask=None if self.whole else real.long().to(model.device),
                 position_ids=positions.to(model.device),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
                 return_dict=True,
-                **more,
+                **{name: one.to(model.device) if isinstance(one, Tensor) else one for name, one in more.items()},
             )
         self.logits = output.logits[:, -1].float()

@@ -16,7 +16,7 @@ from vlmfast.adapters import from_spec, to_spec
 from vlmfast.adapters.attention.act import ACT
 from vlmfast.decoders import decoder
 from vlmfast.edits import Call
-from vlmfast.edits.engine import column_sums, corrected
+from vlmfast.edits.engine import column_sums, corrected, redistribute
 
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]
 
@@ -205,7 +205,7 @@ def repeated(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:
 
 def test_the_attention_runs_once_and_no_map_is_made(vlm, monkeypatch):
     """Where sinks are a handful: the log-sum-exp of the search for them serves the correction, too."""
-    monkeypatch.setattr(Call, "redistribute", lambda *args, **kwargs: pytest.fail("rows were made explicitly"))
+    monkeypatch.setattr("vlmfast.edits.call.redistribute", lambda *args: pytest.fail("rows were made explicitly"))
     runs = []
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,6 +340,28 @@ def test_rows_that_see_nothing_but_sinks_stay():
     scores[..., 0], scores[..., 1] = 0.0, 200.0
     official = ACT(theta=0.4, beta=0.5, parity="official").edit(call_of(scores))
     assert not official[0, 0, :2].isnan().any() and not official[0, 0, 3].isnan().any(), "the first one is spared"
+
+
+def test_only_rows_that_need_it_are_made_explicitly(monkeypatch):
+    """Where sinks hold so much that the share of the others cannot be found by subtraction."""
+    explicit = []
+
+    def noted(query, *rest):
+        explicit.append(query.shape[2])
+        return redistribute(query, *rest)
+
+    monkeypatch.setattr("vlmfast.edits.call.redistribute", noted)
+    scores = random_map(n=20, strength=2.0)
+    scores[:, 1, 7:9, 5] += 9.0
+    scores[:, 1, 15, 5] += 9.0
+    for heads in (None, "1"):
+        explicit.clear()
+        call = call_of(scores)
+        edited = ACT(theta=0.3, heads=heads).edit(call)
+        for i, row in enumerate(call.plain()[0, 1]):
+            torch.testing.assert_close(edited[0, 1, i], calibrated(row, [5], 0.4), rtol=1e-4, atol=1e-6)
+        assert torch.equal(edited[:, 0], call.plain()[:, 0]), "a head without sinks"
+        assert explicit == [3]
 
 
 @pytest.mark.parametrize("form", ["none", "bool", "additive", "causal", "padded", "window"])

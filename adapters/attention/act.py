@@ -176,9 +176,8 @@ class ACT(HeadEdit):
             some.query[:, :, :1], some.key, slice(None), some.scaling, some.seen.of(slice(0, 1), some.key.shape[2])
         ).nan_to_num(0.0)
         taken = (1 - self.beta) * (row * sinks[:, :, None]).sum(dim=-1, keepdim=True)
-        row = (
-            torch.where(sinks[:, :, None], self.beta * row, row) + taken * row
-        )  # sinks have their part in what is taken
+        # In this row the sinks have their part of what is taken from them.
+        row = torch.where(sinks[:, :, None], self.beta * row, row) + taken * row
         row[..., 0] = 1
         first = weighted(row, some.value).to(edited.dtype)
         edited = torch.cat([first, edited[:, :, 1:]], dim=2)

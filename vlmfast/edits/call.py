@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmfast.edits.engine import Factors, Few, Seen, correct, corrected, redistribute, rescore
+from vlmfast.edits.engine import Factors, Few, Seen, corrected, redistribute, rescore, with_lse
 from vlmfast.lockstep import ImageFree
 
 
@@ -155,32 +155,44 @@ class Call:
             known[:, heads] = member
             picked = torch.zeros(n_heads, dtype=torch.bool, device=heads.device).index_fill(0, heads, True)
             return torch.where(picked[:, None, None], self.correct(known, factors, exact=exact), self.plain())
+
+        def both(masses: Tensor) -> Tensor:
+            return torch.stack(factors(masses[..., 0]), dim=-1)
+
         # One row is as cheap made explicitly; and behind the log-sum-exp there is no gradient.
         if self.query.shape[2] > 1 and not (torch.is_grad_enabled() and self.query.requires_grad):
             few = Few.of(member)
             if not bool(few.there.any()):
                 return self.plain()
             if few.columns.shape[-1] <= self.query.shape[-1]:
-                edited = self._corrected(few, factors, lse)
-                if edited is not None:
-                    return edited
-
-        def both(masses: Tensor) -> Tensor:
-            return torch.stack(factors(masses[..., 0]), dim=-1)
-
+                return self._corrected(few, member, factors, exact or both, lse)
         return self.redistribute((member, ~member), exact or both)
 
     def _corrected(
-        self, few: Few, factors: Callable[[Tensor], tuple[Tensor, Tensor]], lse: Tensor | None
-    ) -> Tensor | None:
-        seen, key, value = self.seen, self.key, self.value
+        self,
+        few: Few,
+        member: Tensor,
+        factors: Callable[[Tensor], tuple[Tensor, Tensor]],
+        exact: Factors,
+        lse: Tensor | None,
+    ) -> Tensor:
+        """Rows corrected by a few keys, but those made explicitly in which these keys hold nearly everything."""
+        query, key, value, seen = self.query, self.key, self.value, self.seen
         if lse is not None:
-            return corrected(self.plain(), lse, self.query, key, value, few, factors, self.scaling, seen)
-        plain = seen.mask is None and seen.keys is None and seen.window is None and seen.places is not None
-        causal = plain and not isinstance(self.start, Tensor) and self.start == 0
-        if causal:  # a static cache has places that nothing fills yet
-            key, value = key[:, :, : self.query.shape[2]], value[:, :, : self.query.shape[2]]
-        return correct(self.query, key, value, few, factors, self.scaling, seen, causal)
+            out = self.plain()
+        else:
+            plain = seen.mask is None and seen.keys is None and seen.window is None and seen.places is not None
+            causal = plain and not isinstance(self.start, Tensor) and self.start == 0
+            if causal:  # a static cache has places that nothing fills yet
+                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            out, lse = with_lse(query, key, value, self.scaling, seen, causal)
+        edited, ill = corrected(out, lse, query, key, value, few, factors, self.scaling, seen)
+        rows = ill.flatten(0, 1).any(dim=0).nonzero().flatten()
+        if not len(rows):
+            return edited
+        classes = torch.stack([member, ~member])
+        some = redistribute(query[:, :, rows], self.key, self.value, classes, exact, self.scaling, seen.take(rows))
+        return edited.index_copy(2, rows, some)
 
     def of_heads(self, heads: Tensor) -> Call:
         """The same call for some of its query heads. heads: int64 [n]"""

@@ -210,7 +210,8 @@ def test_rows_without_a_picture_decode_plainly(any_vlm):
             tokens, scores = generated(any_vlm.model, inputs, 4)
         assert torch.equal(tokens[2], plain[2])
         for ours, theirs in zip(scores, logits):
-            if "moe" in any_vlm.name:  # experts work on tokens of all rows together
+            # The head sees more rows with ONLY, experts see the tokens of all rows: the same to rounding.
+            if method.name == "only" or "moe" in any_vlm.name:
                 torch.testing.assert_close(ours[2], theirs[2])
             else:
                 assert torch.equal(ours[2], theirs[2]), "bit for bit"

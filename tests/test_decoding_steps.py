@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmfast
 from vlmfast.adapters import from_spec, support, to_spec
-from vlmfast.steps import possible
+from vlmfast.steps import StepsDoor, possible
 
 NEUTRAL = {
     "dola": "dola:layers=none",
@@ -157,13 +157,13 @@ def test_no_forward_more_than_it_says(vlm, name):
     with (
         vlmfast.patch(vlm.model, METHODS[name]) as handle,
         oracle.hooked(layers[1], lambda *given: calls.append(1)),
-        oracle.hooked(head, lambda module, args, kwargs, output: rows.append(output[..., 0].numel())),
+        oracle.hooked(head, lambda module, args, kwargs: rows.append(args[0][..., 0].numel()), before=True),
     ):
         generate(vlm.model, inputs, do_sample=False)
-        door = next(one for one in handle.reporters if hasattr(one, "runs"))
-        assert not door.found and not door.running
+        door = next(one for one in handle.reporters if isinstance(one, StepsDoor))
+        assert not door.found and not door.running and door.asked is None and door.raw is None
     assert len(calls) == 5 + 2 * (name == "vista")
-    assert max(rows) <= 3 * 3 and len(rows) == 5 * 2
+    assert rows == [3 * (1 + (3 if name in ("dola", "deco") else 1))] * 5, "once a step, for all that it asks"
 
 
 @pytest.mark.parametrize("name", METHODS)

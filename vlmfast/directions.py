@@ -57,21 +57,24 @@ class DirectionsDoor:
         self.names = list(inspect.signature(patch.base.forward).parameters)
         self.running = False  # prompts are being compared
         self.found: dict[int, Tensor] = {}  # what leaves the layers meanwhile
-        self.run = 0  # the `generate` that the directions belong to
+        self.known = False  # those of the running `generate` have been
         self.directions: Directions | None = None
+        steps.starts.append(self.forget)
         decoder = patch.base.get_decoder()
         patch.hook(patch.base, self.before_base, before=True)
         for layer in layers:
             patch.hook(decoder.layers[layer], Leave(self, layer))
             patch.hook(decoder.layers[layer].mlp, Behind(self, layer))
 
+    def forget(self) -> None:
+        """A `generate` starts."""
+        self.known, self.directions = False, None
+
     def before_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the base model: at the first forward of a `generate`, find the directions."""
-        if not self.steps.running or self.running or self.run == self.steps.running:
-            return
-        self.directions = None
-        self.directions = self._directions(base, {**dict(zip(self.names, args)), **kwargs})
-        self.run = self.steps.running
+        if self.steps.running and not self.running and not self.known:
+            self.directions = self._directions(base, {**dict(zip(self.names, args)), **kwargs})
+            self.known = True
 
     def _directions(self, base: nn.Module, given: dict[str, Any]) -> Directions | None:
         ids, cache, name = given.get("input_ids"), given.get("past_key_values"), self.steps.name

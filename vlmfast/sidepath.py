@@ -49,12 +49,11 @@ class SidePath:
         self.method, self.share = method, share
         edits = EditsDoor.of(patch)
         self.attention, self.last = edits.decoder.layers[layer].self_attn, edits.decoder.layers[-1]
-        self.behind = edits.depth - 1
         self.gate: Tensor | None = None  # [B, H d]
         self.context: Tensor | None = None  # [B, H d] what the output projection is to be given
         self.pictured: Tensor | None = None  # bool [B]
         what = f"compares with what the attention of layer {layer} to text alone would say"
-        self.steps = StepsDoor(patch, method.name, [self.behind], self.scores, what)
+        self.steps = StepsDoor(patch, method.name, [edits.depth - 1], self.asks, self.scores, what)
         edits.watch(method.name, layer, self)
         if self.attention.q_proj.out_features != self.attention.o_proj.in_features:  # queries, and a gate behind them
             patch.hook(self.attention.q_proj, self.after_queries)
@@ -62,7 +61,7 @@ class SidePath:
     @property
     def active(self) -> bool:
         """Inside `generate` alone."""
-        return bool(self.steps.running)
+        return self.steps.running
 
     def after_queries(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Hook of a query projection that gives the gate of the attention's output as well."""
@@ -84,15 +83,19 @@ class SidePath:
         self.context = (context if self.gate is None else context * self.gate).to(call.value.dtype)
         self.pictured = image.flatten(1).any(1)
 
-    def scores(self, step: Step) -> Tensor:
-        """From the output projection to the head, and what becomes of both logits. [B, V]"""
-        context, pictured, last = self.context, self.pictured, self.last
-        self.context = self.pictured = self.gate = None
-        assert context is not None and pictured is not None
-        main = step.hidden(self.behind)[:, None]
+    def asks(self, step: Step) -> Tensor:
+        """From the output projection to the head. [1, B, D]"""
+        context, main, last = self.context, step.hidden()[0], self.last
+        self.context = self.gate = None
+        assert context is not None
         beside = last.input_layernorm(self.attention.o_proj(context[:, None]).to(main.device))
-        side = step.head(step.norm(fed_forward(last, self.share * main + beside)))[:, 0]
-        return torch.where(pictured[:, None].to(side.device), self.method.combine(step.logits, side), step.logits)
+        return step.norm(fed_forward(last, self.share * main[:, None] + beside)).transpose(0, 1)
+
+    def scores(self, logits: Tensor, others: Tensor) -> Tensor:
+        """What becomes of both logits; rows without a picture keep their own. [B, V], [1, B, V] -> [B, V]"""
+        pictured, self.pictured = self.pictured, None
+        assert pictured is not None
+        return torch.where(pictured[:, None].to(logits.device), self.method.combine(logits, others[0]), logits)
 
 
 def fed_forward(layer: Any, hidden: Tensor) -> Tensor:

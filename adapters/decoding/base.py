@@ -62,7 +62,7 @@ class Decoding(Adapter):
 class StepDecoding(Decoding):
     """Decide on every token from what the model's one forward computed (see `vlmfast.steps`).
 
-    A method implements `reads`, `scores` and `what`.
+    A method implements `reads`, `asks`, `combine` and `what`.
     """
 
     def reads(self, depth: int, tied: bool) -> Sequence[int]:
@@ -72,9 +72,13 @@ class StepDecoding(Decoding):
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement reads")
 
-    def scores(self, step: Step) -> Tensor:
-        """Scores of the next token, unnormalised; -inf: out. [B, V]"""
-        raise NotImplementedError(f"{type(self).__name__} does not implement scores")
+    def asks(self, step: Step) -> Tensor:
+        """What is to pass the model's head, of the hidden states that it wanted. [n, B, D]"""
+        return step.hidden()
+
+    def combine(self, logits: Tensor, others: Tensor) -> Tensor:
+        """Scores of the next token, unnormalised; -inf: out. [B, V] of the model, [n, B, V] asked for -> [B, V]"""
+        raise NotImplementedError(f"{type(self).__name__} does not implement combine")
 
     def what(self, layers: Sequence[int], depth: int) -> str:
         """What the method does, in the words of a report. layers: what it reads."""
@@ -85,7 +89,7 @@ class StepDecoding(Decoding):
         text = patch.model.config.get_text_config()
         depth = text.num_hidden_layers
         layers = self.reads(depth, tied(patch.model))
-        StepsDoor(patch, self.name, layers, self.scores, self.what(layers, depth))
+        StepsDoor(patch, self.name, layers, self.asks, self.combine, self.what(layers, depth))
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The head on the hidden states that are read, for the first token."""

@@ -96,14 +96,13 @@ class DeCo(StepDecoding):
             raise ValueError(f"deco: layers={self.layers!r} are none of this decoder's {depth}")
         return found
 
-    def combine(self, logits: Tensor, early: Tensor) -> Tensor:
-        """Scores from the model's logits and those of the early layers. [B, V], [n, B, V] -> [B, V]"""
-        return correct(logits, early, candidates(logits, self.top_p, self.top_k), self.alpha)
+    def asks(self, step: Step) -> Tensor:
+        """The early layers' hidden states behind the final norm. [n, B, D]"""
+        return step.norm(step.hidden())
 
-    def scores(self, step: Step) -> Tensor:
-        """The correction. [B, V]"""
-        early = torch.stack([hidden for _, hidden in sorted(step.found.items())])
-        return self.combine(step.logits, step.head(step.norm(early)))
+    def combine(self, logits: Tensor, others: Tensor) -> Tensor:
+        """Scores from the model's logits and those of the early layers. [B, V], [n, B, V] -> [B, V]"""
+        return correct(logits, others, candidates(logits, self.top_p, self.top_k), self.alpha)
 
     def what(self, layers: Sequence[int], depth: int) -> str:
         """Which layers."""

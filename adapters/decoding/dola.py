@@ -32,7 +32,6 @@ from torch.nn.functional import kl_div
 
 from vlmfast.adapters.decoding.base import StepDecoding, number
 from vlmfast.ranges import which
-from vlmfast.steps import Step
 
 DEEPEST = 20  # layers of a bucket
 
@@ -97,9 +96,11 @@ class DoLa(StepDecoding):
             raise ValueError(f"dola: layers={self.layers!r} are none of this decoder's {depth}")
         return found
 
-    def combine(self, logits: Tensor, premature: Tensor) -> Tensor:
+    def combine(self, logits: Tensor, others: Tensor) -> Tensor:
         """Scores from the logits of the last layer and those of the candidates. [B, V], [n, B, V] -> [B, V]"""
-        return contrast(logits, self.chosen(premature, self.choice(logits, premature)), self.relative_top)
+        choice = self.choice(logits, others)
+        chosen = others[choice, torch.arange(len(choice), device=choice.device)]
+        return contrast(logits, chosen, self.relative_top)
 
     def choice(self, logits: Tensor, premature: Tensor) -> Tensor:
         """Which candidate each row is contrasted with. [B, V], [n, B, V] -> int64 [B]"""
@@ -107,16 +108,6 @@ class DoLa(StepDecoding):
         if self.parity == "official":
             found = found.mean(1, keepdim=True).expand_as(found)
         return found.argmax(0)
-
-    @staticmethod
-    def chosen(premature: Tensor, choice: Tensor) -> Tensor:
-        """The logits of each row's candidate. [n, B, V], [B] -> [B, V]"""
-        return premature[choice, torch.arange(len(choice), device=choice.device)]
-
-    def scores(self, step: Step) -> Tensor:
-        """The contrast. [B, V]"""
-        early = [hidden for _, hidden in sorted(step.found.items())]
-        return self.combine(step.logits, step.head(torch.stack(early)))
 
     def what(self, layers: Sequence[int], depth: int) -> str:
         """Which layers."""

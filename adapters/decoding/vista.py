@@ -104,13 +104,14 @@ class VISTA(Decoding):
         """The output of a feed-forward net, steered. [B, L, D], [B, D]"""
         return steered(hidden, [direction], [self.lam])
 
-    def scores(self, step: Step) -> Tensor:
-        """The logits, with those of the late layers. [B, V]"""
-        if not self.gamma:
-            return step.logits
-        late = list(step.found.values())
-        mean = torch.stack([hidden.float().to(late[-1].device) for hidden in late]).mean(0).to(late[-1].dtype)
-        return (1 - self.gamma) * step.logits + self.gamma * step.head(mean)
+    def asks(self, step: Step) -> Tensor:
+        """The late layers' mean. [1, B, D]"""
+        hidden = step.hidden()
+        return hidden.float().mean(0, keepdim=True).to(hidden.dtype)
+
+    def combine(self, logits: Tensor, others: Tensor) -> Tensor:
+        """The logits, with those of the late layers. [B, V], [1, B, V] -> [B, V]"""
+        return (1 - self.gamma) * logits + self.gamma * others[0]
 
     def install(self, patch: Patch) -> None:
         """Door 4 and, for the steering, hooks on the feed-forward nets. Raises ValueError for layers there are not."""
@@ -118,8 +119,8 @@ class VISTA(Decoding):
         late, layers = self.late(depth), self._named(self.layers, depth, "layers")
         parts = ["steers hidden states towards what pictures add to them"] if self.lam else []
         parts += [f"mixes in logits of layers {'/'.join(map(str, late))} of {depth}"] if late else []
-        behind = [layer + 1 for layer in late]
-        steps = StepsDoor(patch, self.name, behind, self.scores, "; ".join(parts), whole=self.lam > 0)
+        behind, mixed = [layer + 1 for layer in late], (self.asks, self.combine) if late else (None, None)
+        steps = StepsDoor(patch, self.name, behind, *mixed, "; ".join(parts), whole=self.lam > 0)
         if self.lam:
             DirectionsDoor(patch, steps, layers, self.turn)
 

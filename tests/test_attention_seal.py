@@ -163,6 +163,18 @@ def test_nothing_is_left_behind_and_copies_stand_alone(fresh, tmp_path):
         assert half(**inputs).logits.dtype == torch.bfloat16
 
 
+def test_saved_and_loaded_back(fresh, tmp_path):
+    one = fresh("llava")
+    inputs = one.prompts(ROWS)
+    inputs["input_ids"][:, -1] = TOKENS[0]
+    with vlmfast.patch(one.model, SEAL(vector=steering_file(one.model, tmp_path / "v"), coef=0.5)) as handle:
+        steered = one.model(**inputs).logits
+        one.model.save_pretrained(tmp_path / "patched")
+    loaded = vlmfast.from_pretrained(tmp_path / "patched").eval()
+    assert loaded.vlmfast_handle.spec == handle.spec == f"seal:vector={tmp_path / 'v'},coef=0.5"
+    torch.testing.assert_close(loaded(**inputs).logits, steered)
+
+
 def test_gradients_pass(fresh, tmp_path):
     one = fresh("llava")
     inputs = one.prompts(ROWS[:1])

@@ -370,9 +370,7 @@ def test_what_the_stream_costs():
         method = VHR(layers=layers)
         with vlmfast.patch(one.model, method):
             extra = count() - plain
-        told = method.selection_flops(None, 10, sizes)
-        rotary = 2 * 10 * 4  # angles of the text's positions, which no count of ours has
-        assert told > 0 and extra - told in (0, rotary)
+        assert extra == method.selection_flops(None, 10, sizes) > 0
 
 
 def test_settings(vlm):

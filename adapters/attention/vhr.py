@@ -150,4 +150,4 @@ def spelled(totals: Tensor, topk: int) -> str:
     mean = f"vhr: T-VHD {totals.mean():.4g} (the {topk} largest of each edited layer"
     if len(totals) == 1:
         return mean + ")"
-    return mean + f"; {len(totals)} prompts with pictures, {totals.min():.4g} to {totals.max():.4g})"
+    return mean + f"; {len(totals)} rows with pictures, {totals.min():.4g} to {totals.max():.4g})"

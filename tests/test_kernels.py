@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import bench_kernels
 import pytest
 import torch
 from interpreter import GPU, VARIABLE, interpreting
@@ -344,6 +345,24 @@ def test_the_engine_and_the_tower_use_them(through_kernels, monkeypatch, device)
     for ours_one, torch_one in zip(ours, plain):
         seen_rows = torch_one.isfinite()
         torch.testing.assert_close(ours_one[seen_rows], torch_one[seen_rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_the_bench_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py"])
+    assert bench_kernels.main() == 2
+    assert "no CUDA device here" in capsys.readouterr().err
+
+
+def test_the_bench_sees_what_is_wrong(monkeypatch, through_kernels):
+    """Its error is measured against the torch path, in both directions."""
+    given = bench_kernels.Given.of(bench_kernels.SMALL[2], torch.float16, "cpu")
+    monkeypatch.setattr(kernels, "usable", lambda *_: os.environ.get(kernels.VARIABLE) != "torch")
+    for name in bench_kernels.KERNELS:
+        assert bench_kernels.error(name, given) < bench_kernels.CLOSE[torch.float16]
+    assert through_kernels == ["column_sums", "redistribute", "with_lse"]
+    monkeypatch.setattr(launch.Job, "attend", lambda self, value: (1.01 * self.query, None))
+    assert bench_kernels.error("with_lse", given) > 0.1
 
 
 @pytest.mark.slow

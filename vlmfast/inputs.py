@@ -63,8 +63,12 @@ class Everything:
         return Choice(torch.arange(len(visual), device=visual.features.device))
 
 
-class Door:
-    """Rewrites the inputs of one patched model for one selector."""
+class Rewriter:
+    """The inputs of one model, rewritten for one selector.
+
+    last: the prompts of the last batch, each of which had `repeat` rows (beams, return sequences). tells: whether
+    another door wants to know of every prompt.
+    """
 
     def __init__(self, patch: Patch, selector: Selector, positions: Positions | None) -> None:
         if positions not in (None, "original", "compact"):
@@ -75,84 +79,9 @@ class Door:
         self.wanted = selector.wanted(self.tower)
         self.tokens = {name: int(getattr(self.config, source.token)) for name, source in self.family.sources.items()}
         self.pad = next(token for token in range(3) if token not in self.tokens.values())
-        self.names = list(inspect.signature(patch.model.forward).parameters)
         self.last: list[_Row] = []
-        self.repeat = 1  # rows of the batch for each of them: beams, return sequences
-        self.tells = False  # whether another door wants to know of every prompt
-        for name, source in self.family.sources.items():
-            encoder = PictureEncoder(patch, name, list(dict.fromkeys(self.wanted.values())))
-            patch.set(patch.base, source.encode, encoder)
-        patch.set(patch.model, "prepare_inputs_for_generation", PrepareInputs(self, patch.model))
-        patch.set(patch.model, "generate", Generate(self, patch.model))
-        patch.hook(patch.model, self.before_forward, before=True)
-        patch.hook(patch.model, self.after_forward)
-        patch.model.__dict__[HANDLE].reporters.append(self)
-
-    @classmethod
-    def telling(cls, patch: Patch) -> Door:
-        """The patch's door, one that drops nothing if no method came with one, telling where the pictures stand."""
-        doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, cls)]
-        door = doors[0] if doors else cls(patch, Everything(), None)
-        door.tells = True
-        return door
-
-    # --- direct calls -----------------------------------------------------------------------------------------
-
-    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Pre-hook of the model: rewrite the inputs unless `generate` already did."""
-        if DONE in kwargs:
-            kwargs = {name: value for name, value in kwargs.items() if name != DONE}
-            return args, kwargs
-        kwargs = {**dict(zip(self.names, args)), **kwargs}
-        for source in self.family.sources.values():
-            kwargs = renamed(kwargs, source)
-        cache = kwargs.get("past_key_values")
-        self.check_pictures(kwargs)
-        pictures = self._pictures(kwargs)
-        if not pictures and state_of(cache) is None:
-            if self.tells:
-                layer_state(cache)  # one from before a reset goes
-            return (), self._telling(kwargs, Prompt(kwargs.get("attention_mask")))
-        if kwargs.get("input_ids") is None:
-            raise NotImplementedError("a patched model needs input_ids; inputs_embeds hide where the images are")
-        return (), self.rewrite(kwargs, pictures)
-
-    def after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Hook of the model: leave the state on the cache that a direct call returned."""
-        outputs = (kwargs.get("mm_encoder_outputs") or {}).values()
-        state = next((getattr(one, STATE) for one in outputs if getattr(one, STATE, None) is not None), None)
-        if state is None:
-            return
-        parts = output if isinstance(output, tuple) else output.values()  # return_dict=False gives a tuple
-        for cache in (part for part in parts if isinstance(part, Cache)):
-            setattr(cache, STATE, state)
-
-    def check_pictures(self, kwargs: Mapping[str, Any]) -> None:
-        """Refuse videos of a family whose videos are not supported."""
-        if "video" not in self.family.sources and kwargs.get("pixel_values_videos") is not None:
-            raise NotImplementedError(
-                f"videos of {self.family.name} are not pruned; unpatch the model for prompts with videos"
-            )
-
-    def _pictures(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The encoder's outputs for the pictures of this call, by modality. Consumes the pixels."""
-        pictures = present(kwargs.get("mm_encoder_outputs"))
-        for name, source in self.family.sources.items():
-            pixels = kwargs.get(source.pixels)
-            if pixels is None:
-                continue
-            if name in pictures:
-                raise ValueError(f"pass {source.pixels} or mm_encoder_outputs, not both")
-            encode = getattr(self.base, source.encode)
-            names = list(inspect.signature(encode).parameters)[1:]
-            others = {key: kwargs[key] for key in names if kwargs.get(key) is not None and key != "kwargs"}
-            pictures[name] = encode(pixels, **others, return_dict=True)
-        for source in self.family.sources.values():
-            if kwargs.get(source.pixels) is not None:
-                kwargs[source.pixels] = None
-        return pictures
-
-    # --- the rewriting ----------------------------------------------------------------------------------------
+        self.repeat = 1
+        self.tells = False
 
     def rewrite(
         self, kwargs: dict[str, Any], pictures: dict[str, Any], cache_holds_state: bool = False
@@ -396,6 +325,84 @@ class Door:
             **others,
         )
         return axes + start.view(1, -1, 1) if state is not None else axes
+
+
+class Door(Rewriter):
+    """Rewrites the inputs of one patched model for one selector."""
+
+    def __init__(self, patch: Patch, selector: Selector, positions: Positions | None) -> None:
+        super().__init__(patch, selector, positions)
+        self.names = list(inspect.signature(patch.model.forward).parameters)
+        for name, source in self.family.sources.items():
+            encoder = PictureEncoder(patch, name, list(dict.fromkeys(self.wanted.values())))
+            patch.set(patch.base, source.encode, encoder)
+        patch.set(patch.model, "prepare_inputs_for_generation", PrepareInputs(self, patch.model))
+        patch.set(patch.model, "generate", Generate(self, patch.model))
+        patch.hook(patch.model, self.before_forward, before=True)
+        patch.hook(patch.model, self.after_forward)
+        patch.model.__dict__[HANDLE].reporters.append(self)
+
+    @classmethod
+    def telling(cls, patch: Patch) -> Door:
+        """The patch's door, one that drops nothing if no method came with one, telling where the pictures stand."""
+        doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, cls)]
+        door = doors[0] if doors else cls(patch, Everything(), None)
+        door.tells = True
+        return door
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of the model: rewrite the inputs unless `generate` already did."""
+        if DONE in kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name != DONE}
+            return args, kwargs
+        kwargs = {**dict(zip(self.names, args)), **kwargs}
+        for source in self.family.sources.values():
+            kwargs = renamed(kwargs, source)
+        cache = kwargs.get("past_key_values")
+        self.check_pictures(kwargs)
+        pictures = self._pictures(kwargs)
+        if not pictures and state_of(cache) is None:
+            if self.tells:
+                layer_state(cache)  # one from before a reset goes
+            return (), self._telling(kwargs, Prompt(kwargs.get("attention_mask")))
+        if kwargs.get("input_ids") is None:
+            raise NotImplementedError("a patched model needs input_ids; inputs_embeds hide where the images are")
+        return (), self.rewrite(kwargs, pictures)
+
+    def after_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Hook of the model: leave the state on the cache that a direct call returned."""
+        outputs = (kwargs.get("mm_encoder_outputs") or {}).values()
+        state = next((getattr(one, STATE) for one in outputs if getattr(one, STATE, None) is not None), None)
+        if state is None:
+            return
+        parts = output if isinstance(output, tuple) else output.values()  # return_dict=False gives a tuple
+        for cache in (part for part in parts if isinstance(part, Cache)):
+            setattr(cache, STATE, state)
+
+    def check_pictures(self, kwargs: Mapping[str, Any]) -> None:
+        """Refuse videos of a family whose videos are not supported."""
+        if "video" not in self.family.sources and kwargs.get("pixel_values_videos") is not None:
+            raise NotImplementedError(
+                f"videos of {self.family.name} are not pruned; unpatch the model for prompts with videos"
+            )
+
+    def _pictures(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The encoder's outputs for the pictures of this call, by modality. Consumes the pixels."""
+        pictures = present(kwargs.get("mm_encoder_outputs"))
+        for name, source in self.family.sources.items():
+            pixels = kwargs.get(source.pixels)
+            if pixels is None:
+                continue
+            if name in pictures:
+                raise ValueError(f"pass {source.pixels} or mm_encoder_outputs, not both")
+            encode = getattr(self.base, source.encode)
+            names = list(inspect.signature(encode).parameters)[1:]
+            others = {key: kwargs[key] for key in names if kwargs.get(key) is not None and key != "kwargs"}
+            pictures[name] = encode(pixels, **others, return_dict=True)
+        for source in self.family.sources.values():
+            if kwargs.get(source.pixels) is not None:
+                kwargs[source.pixels] = None
+        return pictures
 
     def report(self, report: Report) -> Report:
         """Add the pictures of the last prompts to a report."""

@@ -43,8 +43,10 @@ class Doc:
 class Task(Protocol):
     """What a task file defines. `score` returns counts, `summarise` turns their sums [R] into metrics [R]."""
 
-    HEADLINE: str
-    NEW_TOKENS: int
+    @property
+    def HEADLINE(self) -> str: ...  # noqa: D102, N802
+    @property
+    def NEW_TOKENS(self) -> int: ...  # noqa: D102, N802
 
     def load(self, limit: int | None, seed: int) -> list[Doc]: ...  # noqa: D102
     def prompt(self, doc: Doc) -> str: ...  # noqa: D102

@@ -159,7 +159,8 @@ def synonyms(path: str, categories: list[str]) -> dict[str, str]:
     """Word or phrase -> name of the thing. ValueError for a category that the file does not name."""
     if not path:
         return {name.lower(): name.lower() for name in categories}
-    file, names = existing(path, "file of synonyms"), {}
+    file = existing(path, "file of synonyms")
+    names: dict[str, str] = {}
     for line in file.read_text().splitlines():
         words = [word.strip().lower() for word in line.split(",") if word.strip()]
         names |= dict.fromkeys(words, words[0])

@@ -13,7 +13,7 @@ The spec "none" shows the noise of the machine.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
@@ -191,19 +191,21 @@ class Mapped(Beside):
         return super().edit(MapCall(**{one.name: getattr(call, one.name) for one in fields(call)}))
 
 
+class Enough(Exception):
+    """Ends a forward that has told what was asked of it."""
+
+
 @dataclass(frozen=True, eq=False)
 class Weighed(Beside):
-    """Notes the most bytes that the attention of one layer holds, the model's own and edited."""
+    """Notes the most bytes that the attention of one layer holds, the model's own and edited, and ends the forward."""
 
     found: dict[str, int]
 
     def edit(self, call: Call) -> Tensor:
-        """The other one's edit."""
-        results: list[Tensor] = []
-        device = call.query.device
-        self.found.setdefault("own", peak_bytes(call.own, device))
-        self.found.setdefault("edited", peak_bytes(lambda: results.append(self.inner.edit(call)), device))
-        return results[0] if results else super().edit(call)
+        """Raises Enough."""
+        self.found["own"] = peak_bytes(call.own, call.query.device)
+        self.found["edited"] = peak_bytes(lambda: self.inner.edit(call), call.query.device)
+        raise Enough
 
 
 @contextmanager
@@ -321,7 +323,8 @@ def _layer_bytes(
         weights: dict[str, int] = {}
         with variants[names[what]]() as handle, torch.no_grad():
             stand_in(EditsDoor.of(handle.patch), partial(Weighed, found=weights), 1)
-            forward(names[what])
+            with suppress(Enough):
+                forward(names[what])
         if "edited" in weights:
             found |= {what: weights["edited"], **({"own": weights["own"]} if what == "patched" else {})}
     return found or None

@@ -11,19 +11,36 @@ import opera_oracle as oracle
 import pytest
 import torch
 from attention_oracle import full_maps
+from conftest import TINY, lend
 from tables import TableWalker
 from test_promises import snapshot
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 import vlmfast
 from vlmfast import walking
 from vlmfast.adapters import from_spec
 from vlmfast.adapters.decoding.opera import MOST, Memory, OfficialEnded, Opera, mode
-from vlmfast.search import Ended, Look, Tally, search
+from vlmfast.search import Ended, Look, Moment, Tally, _reject, search
 
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]
+SOME = ("llava", "llava_next", "qwen2_5_vl", "qwen3_5", "gemma3", "paligemma")  # what decoders and caches there are
 RESTLESS = {"sigma": 20.0, "threshold": 1, "candidates": 3}  # goes back on tiny models
 EVERYTHING = Opera(alpha=0, threshold=10, candidates=97)  # all tokens are candidates, none is penalised
+
+
+@pytest.fixture(params=[name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in TINY])
+def some_vlm(request):
+    """Every family in turn, most of them only with -m slow."""
+    yield from lend(request.param)
 
 
 def beams(model, inputs, count=3, length=6, **how):
@@ -83,11 +100,14 @@ def test_a_search_equals_plain_loops(vlm, settings, goes_back):
 
 
 def tables(seed: int, size: int = 12, start: int = 8, length: int = 40) -> TableWalker:
-    """A scripted model whose attention is drawn to single columns for some time."""
+    """A scripted model whose attention is drawn to one generated token, and later to one before it."""
     draw = torch.Generator().manual_seed(seed)
     span = start + length
     base = torch.randn(4, span, span, generator=draw)
-    base[:, :, start + 11 + seed % 5] += 2.5
+    early = start + 11 + seed % 4
+    late = early + 5 + seed % 3
+    base[:, :, late] += 3.0
+    base[:, late + 5 + seed % 3 :, early] += 5.5
     more = 0.5 * torch.randn(size, 4, span, generator=draw)
     logits = 1.5 * torch.randn(span, size, size, generator=draw)
     prompt = torch.randint(0, size, (1, start), generator=draw)
@@ -122,10 +142,10 @@ def ends(walker, count, length, tokens=(), **settings):
 def test_searches_on_tables_equal_plain_loops(end):
     """Also where sequences end on the way, before and behind the place that the search comes back to."""
     backs = 0
-    for seed in range(6):
+    for seed in range(4):
         walker = tables(seed)
         walker.logits[:, :, list(end)] -= 1.0
-        settings: dict[str, Any] = {"candidates": 3, "sigma": 12.0, "threshold": 3}
+        settings: dict[str, Any] = {"candidates": 3, "sigma": 12.0, "threshold": 2}
         expected, places = oracle.opera(
             asking_tables(walker), beams=3, length=30, ends=end, length_penalty=2.0, **settings
         )
@@ -138,7 +158,7 @@ def test_searches_on_tables_equal_plain_loops(end):
         )
         assert tally.backs == len(places)
         backs += len(places)
-    assert backs > 3, "something must go back"
+    assert backs > 9, "something must go back, to more than one place"
 
 
 def test_no_more_than_one_forward_a_token_and_two_to_go_back(vlm):
@@ -232,12 +252,28 @@ def test_where_to_go_back():
     assert back([[12, 12, 12], [1, 1, 1], [12, 12, 12]], dead, {}) == 13, "beams that are none do not count"
 
 
+def test_what_is_not_chosen_again():
+    """Everything chosen at a place before; what was at places behind it is forgotten, officially at the next alone."""
+    nothing = torch.zeros(2, 0)
+    now = Moment(nothing, nothing, nothing, None, None, chosen=(torch.tensor([0, 1]), torch.tensor([3, 4])))
+    logits = torch.arange(12.0).view(2, 6)
+    known = {4: torch.tensor([0]), 5: torch.tensor([1]), 6: torch.tensor([2]), 9: torch.tensor([5])}
+    for official, left in ((False, {4, 5}), (True, {4, 5, 9})):
+        rejected = dict(known)
+        allowed = _reject(official, now, logits, 5, 11, rejected)
+        assert set(rejected) == left and rejected[5].tolist() == [1, 3, 10]
+        gone = allowed == (-999.0 if official else -torch.inf)
+        assert gone.flatten().nonzero().flatten().tolist() == ([0, 1, 3, 6, 10] if official else [1, 3, 10])
+        again = _reject(official, now, logits, 5, 11, rejected)
+        assert torch.equal(again, allowed), "twice is as good as once"
+
+
 def test_the_official_loop_keeps_what_ended_after_its_first_return():
     """Sequences that ended behind the place stay known there from the second time on; repaired: they do not."""
     known: dict[str, list[int]] = {}
     for parity in ("official", "repaired"):
         counts: list[int] = []
-        for seed in range(30):
+        for seed in range(6):
             walker = tables(seed)
             method = Opera(candidates=3, sigma=12.0, threshold=2, parity=parity)
             one = OfficialEnded(beams=3, prompt=walker.prompt, stops=lambda ids: ids[:, 0] < 0, room=34)
@@ -331,12 +367,12 @@ def test_candidates_that_are_forbidden_make_room(vlm):
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_as_if_alone(any_vlm):
-    inputs = any_vlm.prompts(ROWS)
-    with vlmfast.patch(any_vlm.model, Opera(**RESTLESS)):
-        tokens = beams(any_vlm.model, inputs, 3, 16)[:, -16:]
+def test_rows_are_as_if_alone(some_vlm):
+    inputs = some_vlm.prompts(ROWS)
+    with vlmfast.patch(some_vlm.model, Opera(**RESTLESS)):
+        tokens = beams(some_vlm.model, inputs, 3, 16)[:, -16:]
         for row in range(3):
-            alone = beams(any_vlm.model, any_vlm.prompts(ROWS, only=row), 3, 16)
+            alone = beams(some_vlm.model, some_vlm.prompts(ROWS, only=row), 3, 16)
             assert torch.equal(alone[0, -16:], tokens[row])
 
 
@@ -393,25 +429,53 @@ class Other(DynamicCache):
     """A cache that nothing is known of."""
 
 
-def test_any_cache(any_vlm, monkeypatch):
+def test_any_cache(some_vlm, monkeypatch):
     """A static cache shows and says what a growing one does."""
-    inputs = any_vlm.prompts(ROWS)
-    with vlmfast.patch(any_vlm.model, Opera(**RESTLESS)):
-        grown = beams(any_vlm.model, inputs, 3, 14)
-        static = beams(any_vlm.model, inputs, 3, 14, cache_implementation="static")
+    inputs = some_vlm.prompts(ROWS)
+    with vlmfast.patch(some_vlm.model, Opera(**RESTLESS)):
+        grown = beams(some_vlm.model, inputs, 3, 14)
+        static = beams(some_vlm.model, inputs, 3, 14, cache_implementation="static")
         assert torch.equal(static, grown)
         with pytest.raises(NotImplementedError, match="a search on a Other"):
-            beams(any_vlm.model, inputs, 3, 3, past_key_values=Other(config=any_vlm.model.config.get_text_config()))
+            beams(some_vlm.model, inputs, 3, 3, past_key_values=Other(config=some_vlm.model.config.get_text_config()))
 
 
-def test_the_prompt_cache_is_the_users(vlm):
-    """A conversation: the second question on the cache of the first, whose beams have left nothing on it."""
+def test_a_conversation(fresh, monkeypatch):
+    """The second question on the cache of the first, which holds the prompt and nothing of the beams."""
+    vlm = fresh("llava")
     inputs = vlm.prompts([[3, "a", 4]])
-    with vlmfast.patch(vlm.model, EVERYTHING):
+    settings = Opera(**RESTLESS)
+    with vlmfast.patch(vlm.model, settings):
         first = beams(vlm.model, inputs, 2, 4, return_dict_in_generate=True)
-        assert first.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
-        again = beams(vlm.model, inputs, 2, 4, return_dict_in_generate=True)
-        assert torch.equal(first.sequences, again.sequences)
+        cache = first.past_key_values
+        assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+        ids = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        further = beams(vlm.model, whole, 2, 14, past_key_values=cache)
+        assert torch.equal(further, beams(vlm.model, inputs | whole, 2, 14))
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": None}])
+def test_settings_may_come_in_a_config(vlm, how):
+    """And an ending in words: `generate` has no tokenizer for a loop that is not its own."""
+    words = {f"w{number}": number for number in range(96)} | {"abcdef": 96}  # what transformers looks for
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")))
+    inputs = vlm.prompts([[3, "a", 2]])
+    start = inputs["input_ids"].shape[1]
+    with vlmfast.patch(vlm.model, "opera"):
+        said = beams(vlm.model, inputs, 3, 8)[0, start:].tolist()
+        word = tokenizer.decode([said[4]])
+        config = GenerationConfig(
+            max_new_tokens=8, stop_strings=[word], num_beams=3, pad_token_id=0, suppress_tokens=[90, 91]
+        )
+        if how:
+            config.num_beams = None
+            with pytest.raises(ValueError, match="num_beams=5"):
+                vlm.model.generate(**inputs, generation_config=config, tokenizer=tokenizer)
+            return
+        short = vlm.model.generate(**inputs, generation_config=config, tokenizer=tokenizer)[0, start:].tolist()
+    assert word in tokenizer.decode(short[-1:]) and len(short) <= 8
+    assert config.num_beams == 3 and config.stop_strings == [word]
 
 
 @pytest.mark.parametrize("others", ["random:keep=0.5", "fastv:keep=0.5,layer=2", "random:keep=0.6+fastv:layer=1"])
@@ -449,17 +513,17 @@ def test_with_edited_attention(vlm):
             assert torch.equal(beams(vlm.model, vlm.prompts(ROWS, only=row), 3, 20)[0, -20:], tokens[row])
 
 
-def test_what_is_looked_at_equals_full_maps(any_vlm, monkeypatch):
+def test_what_is_looked_at_equals_full_maps(some_vlm, monkeypatch):
     """The share of the picture and of generated tokens, in a padded batch, from the unpatched model's own maps."""
-    if any_vlm.name == "paligemma":  # without a cache its prompt sees what was generated
+    if some_vlm.name == "paligemma":  # without a cache its prompt sees what was generated
         return
-    inputs = any_vlm.prompts(ROWS)
-    _, seen = looks(any_vlm, inputs, monkeypatch, "opera:candidates=2")
+    inputs = some_vlm.prompts(ROWS)
+    _, seen = looks(some_vlm, inputs, monkeypatch, "opera:candidates=2")
     for row, first in ((0, 0), (1, len(seen) // 3)):
-        alone = any_vlm.prompts(ROWS, only=row)
-        ask = asking(any_vlm, alone)
+        alone = some_vlm.prompts(ROWS, only=row)
+        ask = asking(some_vlm, alone)
         logits = torch.tensor(ask(())[0])
-        logits[any_vlm.model.generation_config.suppress_tokens] = -torch.inf
+        logits[some_vlm.model.generation_config.suppress_tokens] = -torch.inf
         for place, token in enumerate(logits.topk(2).indices.tolist()):
             _, generated, visual = ask((token,))
             assert seen[first].generated[place].tolist() == pytest.approx(generated, rel=1e-3, abs=1e-5)

@@ -181,7 +181,8 @@ class ModelWalker:
         with self.eye.open(ahead.tokens.shape[1]) as seen:
             logits = self._forward(ahead, 1)
         assert seen.look is not None
-        return ahead, logits, seen.look
+        look = Look(seen.look.generated.to(logits.device), seen.look.visual.to(logits.device))
+        return ahead, logits, look
 
     def keep(self, state: Rows, rows: Tensor) -> Rows:
         """No forward."""

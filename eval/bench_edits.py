@@ -88,22 +88,25 @@ def bench_edits(
 
 @dataclass(frozen=True, kw_only=True)
 class MapCall(Call):
-    """A call whose edits are made on the whole map [B, H, Q, K], keys and values repeated, as eager attention does."""
+    """A call whose edits are made on the whole map [B, H, Q, K], keys and values repeated, as eager attention does.
+
+    Maps change in place, and only in the rows that are edited: no dearer than need be. Not for training.
+    """
 
     def scores(self) -> Tensor:
         """Masked scores, hidden entries -inf. fp32 [B, H, Q, K]"""
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
-        scores = (self.query @ key.transpose(-1, -2) * self.scaling).float()
+        scores = (self.query @ key.transpose(-1, -2)).float().mul_(self.scaling)
         mask = self.seen.of(slice(None), self.key.shape[2])
         if mask is None:
             return scores
         if mask.dtype != torch.bool:
             mask = mask > torch.finfo(mask.dtype).min / 2
-        return scores.masked_fill(~mask, -torch.inf)
+        return scores.masked_fill_(~mask, -torch.inf)
 
     def shown(self, scores: Tensor) -> Tensor:
         """Probabilities; rows of padding are zero. fp32 [B, H, Q, K]"""
-        return scores.softmax(dim=-1).nan_to_num(0.0)
+        return scores.softmax(dim=-1).nan_to_num_(0.0)
 
     def attend(self, shown: Tensor) -> Tensor:
         """Probabilities times values. -> [B, H, Q, d]"""
@@ -113,16 +116,16 @@ class MapCall(Call):
     def redistribute(self, classes: Sequence[Tensor], factors: Factors, rows: Tensor | None = None) -> Tensor:
         """As `Call.redistribute`."""
         member = torch.stack(torch.broadcast_tensors(*classes), dim=-1).float()
-        shown = self.shown(self.scores())
-        wanted = factors(shown @ member)
-        edited = shown * (1 + (wanted - 1) @ member.transpose(-1, -2))
-        return self.attend(edited if rows is None else torch.where(rows[:, None, :, None], edited, shown))
+
+        def edit(shown: Tensor) -> Tensor:
+            wanted = factors(shown @ member)
+            return shown * (1 + (wanted - 1) @ member.transpose(-1, -2))
+
+        return self.attend(in_rows(self.shown(self.scores()), edit, rows))
 
     def rescore(self, edit: Callable[[Tensor], Tensor], rows: Tensor | None = None) -> Tensor:
         """As `Call.rescore`."""
-        scores = self.scores()
-        edited = edit(scores)
-        return self.attend(self.shown(edited if rows is None else torch.where(rows[:, None, :, None], edited, scores)))
+        return self.attend(self.shown(in_rows(self.scores(), edit, rows)))
 
     def correct(
         self,
@@ -142,8 +145,17 @@ class MapCall(Call):
             on_few, on_others = factors(mass)
         else:
             on_few, on_others = exact(torch.stack([mass, (some * ~few).sum(dim=-1)], dim=-1)).unbind(-1)
-        edited = some * torch.where(few, on_few[..., None], on_others[..., None])
-        return self.attend(edited if heads is None else shown.index_copy(1, heads, edited))
+        some.mul_(torch.where(few, on_few[..., None], on_others[..., None]))
+        return self.attend(shown if heads is None else shown.index_copy_(1, heads, some))
+
+
+def in_rows(values: Tensor, edit: Callable[[Tensor], Tensor], rows: Tensor | None) -> Tensor:
+    """A map [B, H, Q, K], edited in some rows, bool [B, Q], or in all."""
+    if rows is None:
+        return edit(values)
+    union = rows.any(0).nonzero().flatten()
+    some = values[:, :, union]
+    return values.index_copy_(2, union, torch.where(rows[:, None, union, None], edit(some), some))
 
 
 @dataclass(frozen=True, eq=False)

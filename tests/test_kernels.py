@@ -136,7 +136,7 @@ def compare(dtype, width, n_query, n_key, form, device, n_classes=3, **shape) ->
 FAST = (
     (torch.float32, 80, 17, 100, "padded"),
     (torch.float32, 64, 100, 100, "window"),
-    (torch.float16, 32, 1, 17, "causal"),
+    (torch.float16, 32, 1, 65, "causal"),  # the last key alone in its block
     (torch.float16, 80, 17, 100, "bool"),
     (torch.bfloat16, 128, 17, 100, "additive"),
     (torch.bfloat16, 64, 1, 197, "none"),
@@ -154,10 +154,10 @@ def test_a_few_of_the_grid(case, device):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_grid(form, width, device):
-    """Every form with every width; lengths and types in turn, so that all of them meet."""
+    """Every form with every width; lengths and types in turn."""
     turn = FORMS.index(form) + WIDTHS.index(width)
-    for n, lengths in enumerate(LENGTHS[:3]):
-        compare(TYPES[(turn + n) % 3], width, *lengths, form, device)
+    for n in range(2):
+        compare(TYPES[(turn + n) % 3], width, *LENGTHS[(turn + n) % 3], form, device)
     if form in ("none", "padded"):
         compare(TYPES[turn % 3], width, *LENGTHS[3], form, device, batch=1)
 
@@ -222,7 +222,7 @@ def test_fp16_at_its_limits(device):
     member = torch.zeros(1, 1, 1, 2000, dtype=torch.bool, device=device)
     member[..., :100] = True
     shown, _ = full(query, key, 0.01, Seen())
-    for factor in (1e5, -3.0, 0.0):
+    for factor in (1e9, -3.0, 0.0):
         weights = torch.where(member[0], factor, 1.0)
         out = launch.redistribute(query, key, value, member, lambda m, f=factor: torch.full_like(m, f), 0.01)
         expected = (shown * weights) @ value.double()

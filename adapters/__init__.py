@@ -23,7 +23,7 @@ from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa
 from vlmfast.adapters.decoding.only import ONLY
-from vlmfast.adapters.decoding.opera import Opera
+from vlmfast.adapters.decoding.opera import OPERA
 from vlmfast.adapters.decoding.vista import VISTA
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
@@ -56,6 +56,7 @@ __all__ = [
     "DEFAULTS",
     "EVS",
     "ONLY",
+    "OPERA",
     "PAI",
     "PAINT",
     "SEAL",
@@ -75,7 +76,6 @@ __all__ = [
     "Grid",
     "HiPrune",
     "LSceneLLM",
-    "Opera",
     "PyramidDrop",
     "Random",
     "Slime",
@@ -112,7 +112,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "hiprune": HiPrune,
     "lscenellm": LSceneLLM,
     "only": ONLY,
-    "opera": Opera,
+    "opera": OPERA,
     "pai": PAI,
     "paint": PAINT,
     "pyramiddrop": PyramidDrop,

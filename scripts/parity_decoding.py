@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa, divergences
 from vlmfast.adapters.decoding.only import ONLY, textual
-from vlmfast.adapters.decoding.opera import Memory, OfficialEnded, Opera, mode
+from vlmfast.adapters.decoding.opera import OPERA, Memory, OfficialEnded, mode
 from vlmfast.adapters.decoding.vista import steered
 from vlmfast.edits.engine import weighted
 from vlmfast.search import Look, Step, Tally, search
@@ -84,7 +84,7 @@ def _opera_window(hyper: dict[str, Any], array: Arrays) -> Checks:
     start, count = hyper["P"], hyper["L"]
     visual = torch.zeros(size, dtype=torch.bool)
     visual[hyper["i0"] : hyper["i1"] + 1] = True
-    method = Opera(alpha=hyper["alpha"], sigma=hyper["sigma"], candidates=width, parity="official")
+    method = OPERA(alpha=hyper["alpha"], sigma=hyper["sigma"], candidates=width, parity="official")
     rows = shown.flatten(0, 1)  # [R, K, K]
     looks = [Look.of(rows[:, None, start + row], visual, start, count) for row in range(count)]
     last = Look(looks[-1].generated.view(beams, width, -1), looks[-1].visual.view(beams, width))
@@ -105,7 +105,7 @@ def _opera_search(hyper: dict[str, Any], array: Arrays) -> Checks:
     prompt, beams, width = array("{}__in_prompt"), hyper["nb"], hyper["nc"]
     image = range(hyper["i0"], hyper["i1"] + 1)
     tables = [array(f"{{}}__in_{name}") for name in ("logits_table", "attn_base", "attn_tok")]
-    method = Opera(
+    method = OPERA(
         alpha=hyper["alpha"], sigma=hyper["sigma"], threshold=hyper["r"], candidates=width, parity="official"
     )
     ends = None if hyper["eos"] is None else torch.tensor([hyper["eos"]])

@@ -28,13 +28,13 @@ from transformers import (
 import vlmfast
 from vlmfast import walking
 from vlmfast.adapters import from_spec
-from vlmfast.adapters.decoding.opera import MOST, Memory, OfficialEnded, Opera, mode
+from vlmfast.adapters.decoding.opera import MOST, OPERA, Memory, OfficialEnded, mode
 from vlmfast.search import Ended, Look, Moment, Tally, _reject, search
 
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]
 SOME = ("llava", "llava_next", "qwen2_5_vl", "qwen3_5", "gemma3", "paligemma")  # what decoders and caches there are
 RESTLESS = {"sigma": 20.0, "threshold": 1, "candidates": 3}  # goes back on tiny models
-EVERYTHING = Opera(alpha=0, threshold=10, candidates=97)  # all tokens are candidates, none is penalised
+EVERYTHING = OPERA(alpha=0, threshold=10, candidates=97)  # all tokens are candidates, none is penalised
 
 
 @pytest.fixture(params=[name if name in SOME else pytest.param(name, marks=pytest.mark.slow) for name in TINY])
@@ -89,7 +89,7 @@ def test_a_search_equals_plain_loops(vlm, settings, goes_back):
     forbidden = vlm.model.generation_config.suppress_tokens
     found, backs = oracle.opera(ask, beams=3, length=26, forbidden=forbidden, **settings)
     assert bool(backs) == goes_back
-    with vlmfast.patch(vlm.model, Opera(**settings)) as handle:
+    with vlmfast.patch(vlm.model, OPERA(**settings)) as handle:
         output = beams(vlm.model, inputs, length=26, num_return_sequences=3, return_dict_in_generate=True)
         assert f"{len(backs)} times back" in str(handle.report())
     for row, (score, tokens) in enumerate(found):
@@ -151,7 +151,7 @@ def test_searches_on_tables_equal_plain_loops(end):
         )
         tally = Tally()
         ended = ends(walker, 3, 30, end, length_penalty=2.0)
-        found = search(walker, Opera(**settings), ended, lambda ids, scores: scores, tally)
+        found = search(walker, OPERA(**settings), ended, lambda ids, scores: scores, tally)
         assert [tuple(one.tokens.tolist()) for one in found] == [tokens for _, tokens in expected]
         torch.testing.assert_close(
             torch.tensor([one.score for one in found]), torch.tensor([score for score, _ in expected])
@@ -165,7 +165,7 @@ def test_no_more_than_one_forward_a_token_and_two_to_go_back(vlm):
     inputs = vlm.prompts([[3, "a", 2]])
     rows: list[int] = []
     layer = vlm.model.model.get_decoder().layers[0]
-    with vlmfast.patch(vlm.model, Opera(**RESTLESS)) as handle:
+    with vlmfast.patch(vlm.model, OPERA(**RESTLESS)) as handle:
         hook = layer.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape[:2])))
         beams(vlm.model, inputs, length=26)
         hook.remove()
@@ -181,7 +181,7 @@ def test_no_more_than_one_forward_a_token_and_two_to_go_back(vlm):
 def test_logarithms_equal_products():
     draw = torch.Generator().manual_seed(0)
     shown = torch.rand(2, 30, 30, generator=draw).tril() / 10
-    method = Opera(sigma=30.0)
+    method = OPERA(sigma=30.0)
     memory = Memory(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.long))
     for row in range(30):
         judged = method.judge(memory, Look(shown[:, None, row, : row + 1], torch.zeros(2, 1)))
@@ -198,12 +198,12 @@ def test_penalties_beyond_half_precision_stay_in_order():
     """65504 and more, and below 6e-8, where the official code has infinity and zero."""
     strong = Look(torch.tensor([[[0.9] * 11, [0.8] * 11]]), torch.zeros(1, 2))
     window = torch.full((1, 10), 10 * math.log(1e3 * 0.9))
-    judged = Opera(sigma=1e3).judge(Memory(window, torch.zeros(1, 10).long()), strong)
+    judged = OPERA(sigma=1e3).judge(Memory(window, torch.zeros(1, 10).long()), strong)
     assert judged.penalty.tolist() == [[MOST, MOST]] and judged.penalty.isfinite().all()
     weak = Look(torch.tensor([[[1e-4] * 10 + [2e-4], [3e-4] + [1e-4] * 10]]), torch.zeros(1, 2))
-    judged = Opera(sigma=1.0).judge(Memory(torch.zeros(1, 10), torch.zeros(1, 10).long()), weak)
+    judged = OPERA(sigma=1.0).judge(Memory(torch.zeros(1, 10), torch.zeros(1, 10).long()), weak)
     assert judged.places.tolist() == [[10, 0]] and (judged.penalty > 0).all()
-    official = Opera(sigma=1.0, parity="official")
+    official = OPERA(sigma=1.0, parity="official")
     known = Memory(torch.ones(1, 10, 10).tril(), torch.zeros(1, 10).long())
     assert official.judge(known, weak).penalty.tolist() == [[0, 0]]
 
@@ -215,7 +215,7 @@ def test_mode_takes_the_smallest_of_several():
 def test_records_go_with_the_beams():
     """And stay at their number in the official form."""
     for parity, expected in (("repaired", [[7], [4], [4]]), ("official", [[4], [5], [7]])):
-        method = Opera(candidates=2, parity=parity)
+        method = OPERA(candidates=2, parity=parity)
         window = torch.zeros(3, 0, 0) if method.official else torch.zeros(3, 0)
         judged = method.judge(
             Memory(window, torch.tensor([[4], [5], [7]])), Look(torch.ones(3, 2, 1), torch.ones(3, 2))
@@ -231,7 +231,7 @@ def test_records_go_with_the_beams():
 
 
 def test_where_to_go_back():
-    method = Opera(threshold=2, candidates=2)
+    method = OPERA(threshold=2, candidates=2)
     alive = torch.ones(3, dtype=torch.bool)
 
     def back(places, alive=alive, spent=None):
@@ -275,7 +275,7 @@ def test_the_official_loop_keeps_what_ended_after_its_first_return():
         counts: list[int] = []
         for seed in range(6):
             walker = tables(seed)
-            method = Opera(candidates=3, sigma=12.0, threshold=2, parity=parity)
+            method = OPERA(candidates=3, sigma=12.0, threshold=2, parity=parity)
             one = OfficialEnded(beams=3, prompt=walker.prompt, stops=lambda ids: ids[:, 0] < 0, room=34)
             one = OfficialEnded(**{**vars(one), "ends": torch.tensor([5])})
             starts: dict[int, list[int]] = {}
@@ -349,7 +349,7 @@ def test_processors_criteria_and_lengths(vlm):
         plain = vlm.model.generate(**inputs, **given)
         with vlmfast.patch(vlm.model, EVERYTHING):
             assert torch.equal(vlm.model.generate(**inputs, **given), plain), how
-        with vlmfast.patch(vlm.model, Opera()):
+        with vlmfast.patch(vlm.model, OPERA()):
             assert vlm.model.generate(**inputs, **given).shape[1] <= start + 7
 
 
@@ -359,7 +359,7 @@ def test_candidates_that_are_forbidden_make_room(vlm):
     start = inputs["input_ids"].shape[1]
     allowed = [11, 47]
     banned = [token for token in range(97) if token not in allowed]
-    with vlmfast.patch(vlm.model, Opera(candidates=2)):
+    with vlmfast.patch(vlm.model, OPERA(candidates=2)):
         tokens = beams(vlm.model, inputs, 2, 5, suppress_tokens=banned)[:, start:]
     assert torch.isin(tokens, torch.tensor(allowed)).all()
 
@@ -369,7 +369,7 @@ def test_candidates_that_are_forbidden_make_room(vlm):
 
 def test_rows_are_as_if_alone(some_vlm):
     inputs = some_vlm.prompts(ROWS)
-    with vlmfast.patch(some_vlm.model, Opera(**RESTLESS)):
+    with vlmfast.patch(some_vlm.model, OPERA(**RESTLESS)):
         tokens = beams(some_vlm.model, inputs, 3, 16)[:, -16:]
         for row in range(3):
             alone = beams(some_vlm.model, some_vlm.prompts(ROWS, only=row), 3, 16)
@@ -403,7 +403,7 @@ def test_going_back_restores_logits_and_attention(any_vlm, monkeypatch):
         return search(walker, guide, ended, process, tally)
 
     monkeypatch.setattr(walking, "search", walk)
-    with vlmfast.patch(any_vlm.model, Opera()):
+    with vlmfast.patch(any_vlm.model, OPERA()):
         beams(any_vlm.model, any_vlm.prompts(ROWS), 3, 3)
     assert checked == [9, 4, 11, 1] * 3
 
@@ -432,7 +432,7 @@ class Other(DynamicCache):
 def test_any_cache(some_vlm, monkeypatch):
     """A static cache shows and says what a growing one does."""
     inputs = some_vlm.prompts(ROWS)
-    with vlmfast.patch(some_vlm.model, Opera(**RESTLESS)):
+    with vlmfast.patch(some_vlm.model, OPERA(**RESTLESS)):
         grown = beams(some_vlm.model, inputs, 3, 14)
         static = beams(some_vlm.model, inputs, 3, 14, cache_implementation="static")
         assert torch.equal(static, grown)
@@ -444,7 +444,7 @@ def test_a_conversation(fresh, monkeypatch):
     """The second question on the cache of the first, which holds the prompt and nothing of the beams."""
     vlm = fresh("llava")
     inputs = vlm.prompts([[3, "a", 4]])
-    settings = Opera(**RESTLESS)
+    settings = OPERA(**RESTLESS)
     with vlmfast.patch(vlm.model, settings):
         first = beams(vlm.model, inputs, 2, 4, return_dict_in_generate=True)
         cache = first.past_key_values
@@ -549,7 +549,7 @@ def test_bf16(fresh):
     half = fresh("llava")
     half.model.to(torch.bfloat16)
     inputs = half.prompts(ROWS)
-    with vlmfast.patch(half.model, Opera(**RESTLESS)):
+    with vlmfast.patch(half.model, OPERA(**RESTLESS)):
         assert beams(half.model, inputs, 3, 14).shape[1] == inputs["input_ids"].shape[1] + 14
 
 
@@ -574,10 +574,10 @@ def test_official_on_a_model(vlm):
 
 def test_neutral_settings_install_nothing(vlm):
     for settings in ({"threshold": math.inf}, {"threshold": 10**9}):
-        with vlmfast.patch(vlm.model, Opera(alpha=0, **settings)):
+        with vlmfast.patch(vlm.model, OPERA(alpha=0, **settings)):
             assert "generate" not in vlm.model.__dict__
             assert vlm.model.generate(**vlm.prompts(ROWS), max_new_tokens=2, do_sample=False) is not None
-    assert from_spec("opera:alpha=0,threshold=inf") == (Opera(alpha=0, threshold=math.inf),)
+    assert from_spec("opera:alpha=0,threshold=inf") == (OPERA(alpha=0, threshold=math.inf),)
 
 
 @pytest.mark.parametrize(
@@ -621,7 +621,7 @@ def test_bad_settings(spec):
 def test_one_candidate_is_the_fast_variant(vlm):
     """Each beam goes on with its likeliest token; the first step makes them different."""
     inputs = vlm.prompts([[3, "a", 2]])
-    with vlmfast.patch(vlm.model, Opera(candidates=1, threshold=25)):
+    with vlmfast.patch(vlm.model, OPERA(candidates=1, threshold=25)):
         tokens = beams(vlm.model, inputs, 3, 6, num_return_sequences=3)[:, -6:]
     assert len(set(tokens[:, 0].tolist())) == 3
     for row in tokens:

@@ -75,7 +75,7 @@ def mode(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opera(Decoding):
+class OPERA(Decoding):
     """Penalise candidates whose beam leans on one token, and go back where all beams do.
 
     alpha: weight of the penalty; 0: none. sigma: scale of the attention. threshold: how many steps must lean on one

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 SOURCES := vlmfast adapters eval scripts tests
 
-.PHONY: eval compare test format check typecheck bench
+.PHONY: eval compare attention test format check typecheck bench
 
 # The main job: the shipped models under every method and budget, then table, picture and page. Options through ARGS,
 # for example `make eval ARGS="--limit 20 --out results/quick"`.
@@ -17,6 +17,14 @@ eval: $(VENV)/installed
 compare: $(VENV)/installed
 	$(BIN)/vlmfast eval --model testbed:llava --method all --flops 0.65,0.5 --out results/equal-flops $(ARGS)
 	$(BIN)/vlmfast eval --model testbed:qwen2_5_vl --method all --flops 0.85,0.77 --out results/equal-flops $(ARGS)
+
+# What methods that redistribute attention change: existence by split, captions (CHAIR), reading; paired differences.
+# The paper's settings, then a small grid around them.
+ATTENTION := zerotuning zerotuning:gamma=0.3 act act:theta=0.03 var pai pai:gamma=1.0 pai:alpha=0.5,gamma=1.0 \
+	paint:fallback=received paint:fallback=received,alpha=0.3,gamma=1.0 vhr vhr:layers=1/-3:
+attention: $(VENV)/installed
+	$(BIN)/vlmfast eval $(ATTENTION:%=--method %) --task existence --task caption --task digits --task word \
+		--out results/attention $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)

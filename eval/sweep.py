@@ -21,6 +21,8 @@ import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.cost import CONVENTION
 from vlmfast.encoding import encode_images, encoder_outputs
+from vlmfast.eval.attention import edits
+from vlmfast.eval.attention import measure as measure_attention
 from vlmfast.eval.environment import describe
 from vlmfast.eval.latency import Clock, generation, interleave, measure, ratio, use_threads
 from vlmfast.eval.metrics import Counts
@@ -284,6 +286,7 @@ class Sweep:
             macro=macro,
             cost=cost,
             latency=latency,
+            attention=self.attention(spec),
             environment=describe(job.device),
             command=job.command,
             started=started,
@@ -336,6 +339,13 @@ class Sweep:
             "visual_tokens_before": before / n,
             "visual_tokens_per_layer": [total / n for total in held],
         }
+
+    def attention(self, spec: str) -> dict[str, Any] | None:
+        """Where attention goes on the fixed samples, unpatched and patched; None for specs that do not edit it."""
+        if not edits(spec):
+            return None
+        prompts = [self.prompts.full(self.tasks[doc.task].prompt(doc), image(doc)) for doc in self.samples]
+        return measure_attention(self.model, spec, prompts)
 
     def latency(self, spec: str) -> dict[str, Any]:
         """Timings of one fixed prompt, alone in its batch, tower included; `ttft_speedup` against the unpatched model.

@@ -22,8 +22,10 @@ from vlmfast.adapters.attention.vhr import VHR
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa
+from vlmfast.adapters.decoding.m3id import M3ID
 from vlmfast.adapters.decoding.only import ONLY
 from vlmfast.adapters.decoding.opera import OPERA
+from vlmfast.adapters.decoding.vcd import VCD
 from vlmfast.adapters.decoding.vista import VISTA
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
@@ -55,12 +57,14 @@ __all__ = [
     "ADAPTERS",
     "DEFAULTS",
     "EVS",
+    "M3ID",
     "ONLY",
     "OPERA",
     "PAI",
     "PAINT",
     "SEAL",
     "VAR",
+    "VCD",
     "VHR",
     "VISTA",
     "CDPruner",
@@ -111,6 +115,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "grid": Grid,
     "hiprune": HiPrune,
     "lscenellm": LSceneLLM,
+    "m3id": M3ID,
     "only": ONLY,
     "opera": OPERA,
     "pai": PAI,
@@ -122,6 +127,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "sparsevlm": SparseVLM,
     "textmonkey": TextMonkey,
     "var": VAR,
+    "vcd": VCD,
     "vhr": VHR,
     "vidcom2": VidCom2,
     "visionzip": VisionZip,

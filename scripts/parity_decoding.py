@@ -13,6 +13,7 @@ from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa, divergences
 from vlmfast.adapters.decoding.only import ONLY, textual
 from vlmfast.adapters.decoding.opera import OPERA, Memory, OfficialEnded, mode
+from vlmfast.adapters.decoding.vcd import VCD, noisy, shares
 from vlmfast.adapters.decoding.vista import steered
 from vlmfast.edits.engine import weighted
 from vlmfast.search import Look, Step, Tally, search
@@ -63,6 +64,20 @@ def only(case: Case, array: Arrays) -> Checks:
     yield "difference", method.difference(logits, side)[0, 0], array("{}__out_tvd")
     if hyper["t"] is None:
         yield "logits", method.combine(logits, side), array("{}__out_logits")
+
+
+def vcd(case: Case, array: Arrays) -> Checks:
+    """Noise over a picture, or what becomes of both logits."""
+    hyper = case["hyperparameters"]
+    if "noise_step" in hyper:
+        steps = VCD(steps=hyper["noise_step"]).steps
+        yield "image", noisy(array("{}__in_image"), array("{}__in_noise"), steps), array("{}__out_image")
+        yield "shares", torch.tensor(shares(steps)), array("{}__out_coeffs")
+        return
+    method = VCD(alpha=hyper["cd_alpha"], beta=hyper["cd_beta"])
+    logits = method.combine(array("{}__in_logits"), array("{}__in_logits_cd"))
+    yield "logits", logits, array("{}__out_logits")
+    yield "probabilities", logits.softmax(-1), array("{}__out_probs")
 
 
 def vista(case: Case, array: Arrays) -> Checks:
@@ -143,5 +158,6 @@ SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
     "dola": dola,
     "only": only,
     "opera": opera,
+    "vcd": vcd,
     "vista_vsv": vista,
 }

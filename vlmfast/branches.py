@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Prompts:
 
     ids: [R, L]; real: bool [R, L], no padding; visual: bool [R, L], placeholders. rows: int64 [R], rows of the batch;
     repeat: rows of the batch a prompt. first_position: of the first token of a prompt. given: the arguments of
-    `generate` by name; `of` fits them to the rows.
+    `generate` by name; `of` fits them to the rows. pictures: what the branch's own door knows of the pictures.
     """
 
     ids: Tensor
@@ -54,6 +54,7 @@ class Prompts:
     repeat: int = 1
     first_position: int = 0
     given: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Any = None
 
     def of(self, name: str) -> Tensor | None:
         """An argument with one entry a prompt, in the rows' order. [R, ...]; None where it was not given"""
@@ -86,16 +87,35 @@ class Branch(Protocol):
 
     @property
     def what(self) -> str:
-        """What the branch sees, in the words of a report."""
+        """What happens to generated tokens, in the words of a report: they are ..."""
         ...
+
+    def combine(self, logits: Tensor, branch: Tensor, step: int) -> Tensor:
+        """Scores of the next token from the prompts' logits and the branch's, fp32. [R, V] each; -inf: never.
+
+        step: how many tokens have been generated until now.
+        """
+        ...
+
+
+@runtime_checkable
+class Starting(Protocol):
+    """A branch that makes its own prompts; otherwise its door does (see `vlmfast.branch_pictures`)."""
 
     def start(self, prompts: Prompts) -> Start:
         """The branch's prompts."""
         ...
 
-    def combine(self, logits: Tensor, branch: Tensor) -> Tensor:
-        """Scores of the next token from the prompts' logits and the branch's, fp32. [R, V] each; -inf: never."""
-        ...
+
+def plausible(scores: Tensor, logits: Tensor, share: float) -> Tensor:
+    """The scores, -inf for tokens less likely than `share` times the likeliest by `logits`. [..., V] each
+
+    What the logits rule out stays out. share: 0: nothing else is.
+    """
+    out = logits.isneginf()
+    if share > 0:
+        out = out | (logits < math.log(share) + logits.amax(-1, keepdim=True))
+    return scores.masked_fill(out, -torch.inf)
 
 
 def contrast(logits: Tensor, branch: Tensor, gamma: float, plausibility: float = 0.1) -> Tensor:
@@ -120,7 +140,7 @@ class ImageFreeBranch:
     name: str
     gamma: float
     plausibility: float = 0.1
-    what: str = "the same text without its pictures"
+    what: str = "contrasted with the same text without its pictures"
 
     def __post_init__(self) -> None:
         if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)) or not 0 <= self.gamma < 1e6:
@@ -152,7 +172,7 @@ class ImageFreeBranch:
         positions = (real.long().cumsum(1) - 1).clamp(min=0) + prompts.first_position
         return Start(taken(prompts.ids), real, positions, counts + prompts.first_position, more)
 
-    def combine(self, logits: Tensor, branch: Tensor) -> Tensor:
+    def combine(self, logits: Tensor, branch: Tensor, step: int = 0) -> Tensor:
         """`contrast`. [R, V]"""
         return contrast(logits, branch, self.gamma, self.plausibility)
 
@@ -189,9 +209,25 @@ class BranchDoor:
                     stack.enter_context(one.beside(prompt))
             yield
 
+    def begin(self, ids: Tensor, real: Tensor, given: dict[str, Any]) -> Any:
+        """A `generate` begins. -> what `start` wants to know of its pictures (`Prompts.pictures`)
+
+        ids, real: [B, L] of the prompts. given: its arguments by name, which may change.
+        """
+        return None
+
+    def end(self, pictures: Any, cache: Any) -> None:
+        """A `generate` is over; a further turn may go on with its cache, None: nobody has it."""
+
+    def start(self, prompts: Prompts) -> Start:
+        """The branch's prompts."""
+        if not isinstance(self.branch, Starting):
+            raise NotImplementedError(f"{type(self.branch).__name__} does not implement start")
+        return self.branch.start(prompts)
+
     def report(self, report: Report) -> Report:
         """Say that there is a branch."""
-        note = f"{self.branch.name}: generated tokens are contrasted with {self.branch.what}, a second forward each"
+        note = f"{self.branch.name}: generated tokens are {self.branch.what}, a second forward each"
         return replace(report, notes=(*report.notes, note))
 
 
@@ -214,8 +250,12 @@ class Generate:
             return self.original(*args, **kwargs)
         real = self._real(ids, given)
         processors = [*(given.pop("logits_processor", None) or ())]
-        branch = Running(self.door, ids, real, given)
-        return self.original(**given, logits_processor=LogitsProcessorList([*processors, branch]))
+        pictures = self.door.begin(ids, real, given)
+        branch = Running(self.door, ids, real, dict(given), pictures)
+        output = self.original(**given, logits_processor=LogitsProcessorList([*processors, branch]))
+        for cache in (given.get("past_key_values"), getattr(output, "past_key_values", None)):
+            self.door.end(pictures, cache)
+        return output
 
     def _real(self, ids: Tensor, given: Mapping[str, Any]) -> Tensor:
         """Which tokens are no padding, as `generate` sees it. bool [B, L]"""
@@ -245,9 +285,11 @@ class Generate:
 class Running(LogitsProcessor):
     """The branch of one running `generate`."""
 
-    def __init__(self, door: BranchDoor, ids: Tensor, real: Tensor, given: Mapping[str, Any]) -> None:
+    def __init__(
+        self, door: BranchDoor, ids: Tensor, real: Tensor, given: Mapping[str, Any], pictures: Any = None
+    ) -> None:
         """ids, real: [B, L] of the prompts, before rows are repeated."""
-        self.door, self.given, self.real = door, given, real
+        self.door, self.given, self.real, self.pictures = door, given, real, pictures
         self.visual = torch.isin(ids, torch.tensor(door.tokens, device=ids.device)) & real
         self.prompts: Prompts | None = None
         self.first: Start | None = None
@@ -264,7 +306,8 @@ class Running(LogitsProcessor):
         if not len(rows):
             return scores
         branch = self._behind(input_ids[rows]).to(scores.device)
-        combined = self.door.branch.combine(scores[rows], branch).log_softmax(-1)
+        step = input_ids.shape[1] - self.prompts.ids.shape[1]
+        combined = self.door.branch.combine(scores[rows].float(), branch, step).log_softmax(-1)
         return scores.index_copy(0, rows, combined.to(scores.dtype))
 
     def _prompts(self, ids: Tensor) -> Prompts:
@@ -274,7 +317,7 @@ class Running(LogitsProcessor):
         real, visual = (values.repeat_interleave(repeat, 0).to(ids.device) for values in (self.real, self.visual))
         rows = visual.any(1).nonzero().flatten()
         first = self.door.patch.family.first_position
-        return Prompts(ids[rows, :width], real[rows], visual[rows], rows, repeat, first, self.given)
+        return Prompts(ids[rows, :width], real[rows], visual[rows], rows, repeat, first, self.given, self.pictures)
 
     def _behind(self, ids: Tensor) -> Tensor:
         """The branch's logits behind these tokens. [R, L] -> [R, V]"""
@@ -312,7 +355,7 @@ class Running(LogitsProcessor):
         """The branch's prompts through the model."""
         assert self.prompts is not None
         if self.first is None:
-            self.first = self.door.branch.start(self.prompts)
+            self.first = self.door.start(self.prompts)
             self.whole = bool(self.first.real.all())
         self.cache = DynamicCache(config=self.door.patch.model.config.get_text_config(decoder=True))
         self.seen = self.prompts.ids

@@ -112,7 +112,7 @@ class Rewriter:
         untouched = keep.all() and all(one.choice.features is None for some in selected.values() for one in some)
         if state is None and untouched:
             kwargs = self._telling(kwargs, self._prompt(mask, kwargs.get("labels"), selected))
-            return self._with_pictures(kwargs, {name: self._taken(name, one) for name, one in pictures.items()})
+            return self._with_pictures(kwargs, {name: self.taken(name, one) for name, one in pictures.items()})
         positions = self.original_positions(kwargs, state, held, images=True)
         next_position = following(positions, real)
         shift = torch.zeros_like(next_position) if state is None else state.shift
@@ -208,7 +208,7 @@ class Rewriter:
             later["token_type_ids"] = None  # they mark the places of the unpruned prompt; this text needs no mark
         return later
 
-    def _taken(self, name: str, output: Any) -> Any:
+    def taken(self, name: str, output: Any) -> Any:
         """An encoder output in the container that the model takes: `encoder_outputs` makes lists."""
         source = self.family.sources[name]
         if source.container == "list" or isinstance(output.pooler_output, Tensor):

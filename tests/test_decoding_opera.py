@@ -248,6 +248,7 @@ def test_where_to_go_back():
     assert [back(agreed, spent=spent) for _ in range(5)] == [13, 13, 12, 12, None], "each place as often as candidates"
     assert back([[12, 12, 12], [12, 3, 12], [12, 12, 12]], spent={}) is None, "more than threshold in every beam"
     assert back([[9, 9, 9]] * 3, spent={}) is None, "none of the first ten"
+    assert back([[10, 10, 10]] * 3, spent={}) == 11
     dead = torch.tensor([True, False, True])
     assert back([[12, 12, 12], [1, 1, 1], [12, 12, 12]], dead, {}) == 13, "beams that are none do not count"
 

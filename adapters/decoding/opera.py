@@ -86,6 +86,7 @@ class OPERA(Decoding):
     name: ClassVar[str] = "opera"
     summary: ClassVar[str] = "beam search with an over-trust penalty that goes back to where over-trust began"
     paper: ClassVar[str] = "arXiv:2311.17911"
+    beams: ClassVar[int] = 5  # num_beams of the paper, for those who call `generate`
 
     alpha: float = 1.0
     sigma: float = 50.0
@@ -118,7 +119,7 @@ class OPERA(Decoding):
 
     def install(self, patch: Patch) -> None:
         """Door 4. Raises NotImplementedError for a decoder whose last attention is no plain softmax."""
-        SearchDoor(patch, self.name, self, OfficialEnded if self.official else Ended, beams=5, alone=self.official)
+        SearchDoor(patch, self.name, self, OfficialEnded if self.official else Ended, self.beams, alone=self.official)
 
     # --- the guide of the search ---------------------------------------------------------------------------------
 

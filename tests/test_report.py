@@ -429,7 +429,7 @@ class TestPage:
     def test_tasks_from_elsewhere_have_no_picture(self, undrawn):
         result = made_up("m", "none", tasks=("existence",))
         result.samples[0]["task"] = "pope"
-        assert "No picture: the pictures of pope do not come" in Page(page.render(arrange([result]))).words
+        assert "No picture: the pictures of pope are not at hand" in Page(page.render(arrange([result]))).words
 
     def test_a_single_run(self, tmp_path, undrawn):
         paths = report.make(store(tmp_path, [made_up("m", "none")]), console=Console(file=io.StringIO()))

@@ -78,7 +78,7 @@ class Row:
     @property
     def keep_text(self) -> str:
         """The keep as it is typed in a spec: a share, or a whole number of tokens."""
-        return "" if self.keep is None else str(self.keep)
+        return "" if self.result.keep is None else str(self.keep)
 
 
 @dataclass(frozen=True)

@@ -66,19 +66,22 @@ class Pictures:
 
     def _documents(self, row: Row, task: str) -> Mapping[tuple[int, str], Any] | str:
         """The task's documents by scene and prompt, or why these are not the ones that the run answered."""
-        from vlmfast.eval.tasks import TASKS, task_hash
+        from vlmfast.eval.tasks import task as named
+        from vlmfast.eval.tasks import task_hash
 
         result = row.result
         key = (task, result.limit, result.seed, result.tasks[task].hash if task in result.tasks else None)
         if key not in self._docs:
-            if task not in TASKS:
-                self._docs[key] = f"the pictures of {task} do not come with vlmfast"
+            try:
+                asked = named(task)
+                docs = asked.load(result.limit, result.seed)
+            except (OSError, ValueError) as error:  # files of the user's that are elsewhere by now
+                self._docs[key] = f"the pictures of {task} are not at hand: {error}"
+                return self._docs[key]
+            if key[-1] == task_hash(asked, docs):
+                self._docs[key] = {(doc.scene, asked.prompt(doc)): doc for doc in docs}
             else:
-                docs = TASKS[task].load(result.limit, result.seed)
-                if key[-1] == task_hash(TASKS[task], docs):
-                    self._docs[key] = {(doc.scene, TASKS[task].prompt(doc)): doc for doc in docs}
-                else:
-                    self._docs[key] = f"the scenes of {task} have changed since this result was made"
+                self._docs[key] = f"the scenes of {task} have changed since this result was made"
         return self._docs[key]
 
 
@@ -111,9 +114,9 @@ def _answer(row: Row, record: Mapping[str, Any], doc: Any) -> Answer:
 
 def _correct(doc: Any, answer: str) -> bool | None:
     """Whether the task counts the answer as right; None for tasks that count other things, such as captions."""
-    from vlmfast.eval.tasks import TASKS
+    from vlmfast.eval.tasks import task
 
-    counts = {name: n for name, n in TASKS[doc.task].score(doc, answer).items() if name.split("/")[0] == "right"}
+    counts = {name: n for name, n in task(doc.task).score(doc, answer).items() if name.split("/")[0] == "right"}
     return any(counts.values()) if counts else None
 
 

@@ -88,6 +88,24 @@ def test_the_first_token_equals_plain_loops(any_vlm, name):
         same(scores[0][row], oracle_of(name, any_vlm, alone)(any_vlm, alone))
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["deco", "only"])
+def test_norms_with_weights_of_their_own(fresh, name, family):
+    """A fresh model's norms all do the same: here each is another."""
+    vlm = fresh(family)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in vlm.model.model.get_decoder().parameters():
+            if parameter.ndim == 1:
+                parameter += 0.5 * torch.randn(parameter.shape, generator=generator)
+    inputs = vlm.prompts(ROWS)
+    with vlmfast.patch(vlm.model, METHODS[name]):
+        _, scores = generated(vlm.model, inputs, 1)
+    for row in range(3):
+        alone = vlm.prompts(ROWS, only=row)
+        same(scores[0][row], oracle_of(name, vlm, alone)(vlm, alone))
+
+
 # --- DoLa ------------------------------------------------------------------------------------------------------
 
 

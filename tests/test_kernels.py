@@ -135,11 +135,11 @@ def compare(dtype, width, n_query, n_key, form, device, n_classes=3, **shape) ->
 
 FAST = (
     (torch.float32, 80, 17, 100, "padded"),
-    (torch.float32, 64, 100, 100, "window"),
+    (torch.bfloat16, 64, 100, 100, "window"),
     (torch.float16, 32, 1, 65, "causal"),  # the last key alone in its block
     (torch.float16, 80, 17, 100, "bool"),
     (torch.bfloat16, 128, 17, 100, "additive"),
-    (torch.bfloat16, 64, 1, 197, "none"),
+    (torch.float32, 64, 1, 197, "none"),
 )
 
 
@@ -185,7 +185,7 @@ def test_sizes_as_a_gpu_has_them(monkeypatch, device):
     torch.testing.assert_close(out.double(), shown @ narrow.repeat_interleave(2, 1).double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["none", "padded"])
+@pytest.mark.parametrize("form", ["bool", "padded"])
 def test_rows_cut_into_chunks(form, monkeypatch, device):
     """As for a token that is decoded over many keys; some chunks hold nothing that a row sees."""
     monkeypatch.setattr(launch, "chunks", lambda *_: 3)
@@ -222,6 +222,7 @@ def test_fp16_at_its_limits(device):
     member = torch.zeros(1, 1, 1, 2000, dtype=torch.bool, device=device)
     member[..., :100] = True
     shown, _ = full(query, key, 0.01, Seen())
+    value = 1e-3 * value  # what comes out is no larger than fp16 can hold
     for factor in (1e9, -3.0, 0.0):
         weights = torch.where(member[0], factor, 1.0)
         out = launch.redistribute(query, key, value, member, lambda m, f=factor: torch.full_like(m, f), 0.01)

@@ -148,7 +148,7 @@ class Behind:
     def __call__(self, mlp: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Steer what leaves it."""
         door = self.door
-        if door.running or not door.steps.running or door.directions is None or streaming():
+        if not door.steps.running or door.directions is None or streaming():  # none while prompts are compared
             return None
         hidden = output[0] if isinstance(output, tuple) else output
         steered = door.steer(hidden, door.directions.layers[self.number].to(hidden.device)).to(hidden.dtype)

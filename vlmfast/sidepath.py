@@ -89,7 +89,8 @@ class SidePath:
         self.context = self.gate = None
         assert context is not None
         beside = last.input_layernorm(self.attention.o_proj(context[:, None]).to(main.device))
-        return step.norm(fed_forward(last, self.share * main[:, None] + beside)).transpose(0, 1)
+        hidden = self.share * main.to(beside.device)[:, None] + beside
+        return step.norm(fed_forward(last, hidden)).transpose(0, 1)
 
     def scores(self, logits: Tensor, others: Tensor) -> Tensor:
         """What becomes of both logits; rows without a picture keep their own. [B, V], [1, B, V] -> [B, V]"""

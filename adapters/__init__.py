@@ -20,6 +20,7 @@ from vlmfast.adapters.attention.seal import SEAL
 from vlmfast.adapters.attention.var import VAR
 from vlmfast.adapters.attention.vhr import VHR
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
+from vlmfast.adapters.decoding.agla import AGLA
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa
 from vlmfast.adapters.decoding.m3id import M3ID
@@ -55,6 +56,7 @@ from vlmfast.solving import solve_keep, with_keep
 __all__ = [
     "ACT",
     "ADAPTERS",
+    "AGLA",
     "DEFAULTS",
     "EVS",
     "M3ID",
@@ -101,6 +103,7 @@ __all__ = [
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "act": ACT,
+    "agla": AGLA,
     "cdpruner": CDPruner,
     "dart": Dart,
     "deco": DeCo,

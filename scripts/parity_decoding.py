@@ -9,6 +9,7 @@ import torch
 from tables import TableWalker
 from torch import Tensor
 
+from vlmfast.adapters.decoding.agla import AGLA
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa, divergences
 from vlmfast.adapters.decoding.only import ONLY, textual
@@ -16,11 +17,35 @@ from vlmfast.adapters.decoding.opera import OPERA, Memory, OfficialEnded, mode
 from vlmfast.adapters.decoding.vcd import VCD, noisy, shares
 from vlmfast.adapters.decoding.vista import steered
 from vlmfast.edits.engine import weighted
+from vlmfast.matching import gradcam, kept_pixels, share, smooth
 from vlmfast.search import Look, Step, Tally, search
 
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]
 Checks = Iterator[tuple[str, Tensor, Tensor]]
+
+
+def agla(case: Case, array: Arrays) -> Checks:
+    """Map and mask of a picture, or what becomes of both logits."""
+    hyper = case["hyperparameters"]
+    if "itc" not in hyper:
+        method = AGLA(alpha=hyper["cd_alpha"], beta=hyper["cd_beta"])
+        logits = method.combine(array("{}__in_logits"), array("{}__in_logits_aug"))
+        yield "logits", logits, array("{}__out_logits")
+        yield "probabilities", logits.softmax(-1), array("{}__out_probs")
+        return
+    real = array("{}__in_attention_mask")[0]
+    cam = gradcam(array("{}__in_cams"), array("{}__in_grads"), real)
+    yield "map", cam, array("{}__out_gradcam_avg")
+    heat = array("{}__out_attmap")  # stored in half precision
+    smoothed = smooth(cam, heat.shape[0])
+    ratio = share(float(array("{}__in_itc")))
+    kept = kept_pixels(smoothed, ratio)
+    packed = array("{}__out_keep_mask")
+    bits = (packed[:, None] >> torch.arange(7, -1, -1)) & 1
+    yield "smoothed", ((smoothed - heat.double()).abs() > 2**-12 + 1e-5).sum(), torch.tensor(0)
+    yield "pixels", kept, bits.flatten()[: kept.numel()].view(kept.shape)
+    yield "share", kept.float().mean(), array("{}__out_keep_fraction")
 
 
 def dola(case: Case, array: Arrays) -> Checks:
@@ -154,6 +179,7 @@ def _opera_search(hyper: dict[str, Any], array: Arrays) -> Checks:
 
 
 SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
+    "agla": agla,
     "deco": deco,
     "dola": dola,
     "only": only,

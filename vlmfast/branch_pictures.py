@@ -173,7 +173,8 @@ class PicturesDoor(BranchDoor):
             if key == "second_per_grid_ts" and value is not None:
                 value = torch.as_tensor(value) if name == "video" else None
             if key == "pixel_attention_mask" and value is not None and len(value) != len(visuals):
-                value = value[(pixels != 0).flatten(1).any(1)]  # samples without a picture
+                assert isinstance(pixels, Tensor)
+                value = value[pixels.flatten(1).any(1)]  # not samples without a picture
             if isinstance(value, Tensor) and value.ndim and len(value) == len(visuals):
                 for i, visual in enumerate(visuals):
                     part = value[i : i + 1]
@@ -188,7 +189,8 @@ class PicturesDoor(BranchDoor):
         """The prompts with redrawn pictures, pruned where something prunes them."""
         order = (prompts.rows // prompts.repeat).tolist()
         self._redraw(prompts, order)
-        outputs, grids = {}, {}
+        outputs: dict[str, Any] = {}
+        grids: dict[str, Tensor] = {}
         kinds = torch.zeros_like(prompts.ids)
         for name, token in self.rewriter.tokens.items():
             kinds = kinds + KINDS[name] * (prompts.ids == token)

@@ -14,8 +14,8 @@ with the same past, of the same prompt, have the same cache, and one is chosen f
 an assistant that were thrown away) the branch starts again. Nothing is left on the prompts' cache; its kind does not
 matter, nor does what it holds, as long as `input_ids` tell the whole conversation.
 
-The branch runs on the patched model in a call of its own, after the prompts'. Its forward has all it needs when the
-token before is known, so that both may become one batch later without a change for methods.
+The branch's prompt runs on the patched model in a call of its own, behind the prompts'. Later tokens go through it in
+one batch with the prompts' where that is possible (see `vlmfast.pairing`), else in a call of their own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from vlmfast.conversation import state_of
 from vlmfast.decoders import Sizes
 from vlmfast.edits import EditsDoor
+from vlmfast.pairing import Pairing
 from vlmfast.patching import HANDLE, Patch, Report
 
 
@@ -183,9 +184,14 @@ class ImageFreeBranch:
 
 
 class BranchDoor:
-    """Lets one method decode with a branch, on one patched model."""
+    """Lets one method decode with a branch, on one patched model.
+
+    pairs: whether the branch's tokens go through the model in one batch with the prompts' where that is possible.
+    running: the branch of the `generate` that runs. steps: of the last one, how many were paired and how many not.
+    """
 
     branch: Branch
+    pairs: bool = True
 
     def __init__(self, patch: Patch, branch: Branch) -> None:
         handle = patch.model.__dict__[HANDLE]
@@ -197,6 +203,9 @@ class BranchDoor:
         self.patch, self.branch = patch, branch
         config = patch.model.config
         self.tokens = [int(getattr(config, source.token)) for source in patch.family.sources.values()]
+        self.running: Running | None = None
+        self.steps = [0, 0]
+        self.pairing = Pairing(self, patch)
         handle.reporters.append(self)
         patch.set(patch.model, "generate", Generate(self, patch.model))
 
@@ -227,7 +236,14 @@ class BranchDoor:
 
     def report(self, report: Report) -> Report:
         """Say that there is a branch."""
-        note = f"{self.branch.name}: generated tokens are {self.branch.what}, a second forward each"
+        together, apart = self.steps
+        if together and apart:
+            how = f"{together} in one batch with the prompts, {apart} in a second forward"
+        elif together or (self.pairs and self.pairing.possible and not apart):
+            how = "in one batch with the prompts"
+        else:
+            how = "a second forward each"
+        note = f"{self.branch.name}: generated tokens are {self.branch.what}, {how}"
         return replace(report, notes=(*report.notes, note))
 
 
@@ -252,7 +268,11 @@ class Generate:
         processors = [*(given.pop("logits_processor", None) or ())]
         pictures = self.door.begin(ids, real, given)
         branch = Running(self.door, ids, real, dict(given), pictures)
-        output = self.original(**given, logits_processor=LogitsProcessorList([*processors, branch]))
+        before, self.door.running, self.door.steps = self.door.running, branch, [0, 0]
+        try:
+            output = self.original(**given, logits_processor=LogitsProcessorList([*processors, branch]))
+        finally:
+            self.door.running = before
         for cache in (given.get("past_key_values"), getattr(output, "past_key_values", None)):
             self.door.end(pictures, cache)
         return output
@@ -347,9 +367,43 @@ class Running(LogitsProcessor):
         return same.long().argmax(1) if bool(same.any(1).all()) else None
 
     def _reorder(self, order: Tensor) -> None:
-        assert self.logits is not None
+        assert self.logits is not None and self.seen is not None
         self.cache.reorder_cache(order)
-        self.logits = self.logits[order.to(self.logits.device)]
+        self.logits, self.seen = self.logits[order.to(self.logits.device)], self.seen[order.to(self.seen.device)]
+
+    # --- in one batch with the prompts ----------------------------------------------------------------------------
+
+    def follows(self, ids: Tensor) -> bool:
+        """Whether all that comes before the next token is known, row by row. Rows are put in order. [R, L]"""
+        if self.logits is None or self.seen is None or ids.shape != self.seen.shape:
+            return False
+        order = self._order(ids)
+        if order is not None and len(order):
+            self._reorder(order)
+        return order is not None
+
+    def joined(self, ids: Tensor, logits: Tensor) -> None:
+        """The last token went through the model with the prompts'. [R, L], logits behind it [R, V]"""
+        self.seen, self.logits = ids, logits.float()
+        self.door.steps[0] += 1
+
+    @property
+    def width(self) -> int:
+        """Columns of the branch's prompts."""
+        assert self.first is not None
+        return self.first.ids.shape[1]
+
+    def behind(self, new: int) -> tuple[Tensor | None, Tensor]:
+        """Mask and positions of tokens that follow: [R, held + new] int64, None where all is real; [R, new]"""
+        assert self.first is not None
+        held, following = self.cache.get_seq_length(), self.first.following
+        place = held - self.width + torch.arange(new, device=following.device)
+        real = None
+        if not self.whole:
+            real = torch.nn.functional.pad(self.first.real, (0, held + new - self.width), value=True).long()
+        return real, following[:, None] + place
+
+    # --- apart ------------------------------------------------------------------------------------------------------
 
     def _restart(self) -> None:
         """The branch's prompts through the model."""
@@ -365,19 +419,17 @@ class Running(LogitsProcessor):
         """A forward of the branch. tokens: [R, n] that follow; None: its prompts"""
         first, model = self.first, self.door.patch.model
         assert first is not None
-        width = first.ids.shape[1]
+        more: Mapping[str, Any] = {}
         if tokens is None:
-            real, positions, more = first.real, first.positions, first.more
-            tokens = first.ids
+            tokens, positions, more = first.ids, first.positions, first.more
+            mask = None if self.whole else first.real.long()
         else:
-            held, new = self.cache.get_seq_length(), tokens.shape[1]
-            real = torch.nn.functional.pad(first.real, (0, held + new - width), value=True)
-            place = held - width + torch.arange(new, device=first.following.device)
-            positions, more = first.following[:, None] + place, {}
-        with self.door.beside(width):
+            mask, positions = self.behind(tokens.shape[1])
+            self.door.steps[1] += 1
+        with self.door.beside(self.width):
             output = model(
                 input_ids=tokens.to(model.device),
-                attention_mask=None if self.whole else real.long().to(model.device),
+                attention_mask=None if mask is None else mask.to(model.device),
                 position_ids=positions.to(model.device),
                 past_key_values=self.cache,
                 use_cache=True,

@@ -434,18 +434,24 @@ class Enter:
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hand the layer's attention its turn."""
-        one: Pass | None = kwargs.get(EDITS)
+        one: Any = kwargs.get(EDITS)
         if one is None:
             return args, kwargs
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        if isinstance(one, Pass):
+            turn = self.turn(one, hidden, kwargs.get("past_key_values"), kwargs.get(PASS))
+        else:  # prompts of two caches in one batch (see `vlmfast.pairing`)
+            turn = one.enter(self, hidden)
+        return args, kwargs if turn is None else {**kwargs, EDIT: turn}
+
+    def turn(self, one: Pass, hidden: Tensor, cache: Any, moved: Any) -> Turn | None:
+        """The turn of the layer's method; None: the layer runs as it is. hidden: [B, Q, D]"""
         if cache is not None and getattr(cache, EDITS, None) is not one.memory:
             setattr(cache, EDITS, one.memory)
         watcher = self.door.watchers.get(self.number)
         if self.number not in self.door.editors and not (watcher is not None and watcher.active):
-            return args, kwargs
-        turn = Turn(self.door, one, self.number, hidden, cache, kwargs.get(PASS))
-        return args, {**kwargs, EDIT: turn}
+            return None
+        return Turn(self.door, one, self.number, hidden, cache, moved)
 
 
 class Turn:

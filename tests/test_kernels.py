@@ -174,9 +174,9 @@ def test_the_grid_on_a_gpu(dtype, form, width):
 
 
 def test_sizes_as_a_gpu_has_them(monkeypatch, device):
-    """Blocks of fp32, heads of 256, values narrower than keys, one head for all queries' heads and one for each."""
+    """Blocks of fp32, heads of 256, values narrower than keys, keys shared by pairs of heads, and by none."""
     monkeypatch.undo()
-    compare(torch.float32, 48, 33, 33, "causal", device, batch=1, heads=1)
+    compare(torch.float32, 48, 33, 33, "causal", device, batch=1, heads=4, kv_heads=2)
     compare(torch.bfloat16, 256, 5, 33, "padded", device, batch=1, heads=2, kv_heads=2)
     query, key, value = tensors(torch.float32, 20, 9, 18, device)
     shown, _ = full(query, key, 0.3, Seen())

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmfast
 from vlmfast.adapters import from_spec, support, to_spec
-from vlmfast.steps import StepsDoor, possible
+from vlmfast.steps import StepsDoor, last, possible
 
 NEUTRAL = {
     "dola": "dola:layers=none",
@@ -137,6 +137,10 @@ def test_something_is_left_to_choose_from(vlm, name):
         for how in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3, "do_sample": False}):
             tokens = generate(vlm.model, inputs, suppress_tokens=others, **how)[:, -5:]
             assert set(tokens.flatten().tolist()) <= set(allowed)
+
+
+def test_the_rest_of_a_prompt_is_not_kept():
+    assert last(torch.zeros(2, 100, 8)).untyped_storage().nbytes() == 2 * 8 * 4
 
 
 def test_what_is_out_keeps_its_order():

@@ -119,8 +119,9 @@ class VISTA(Decoding):
         late, layers = self.late(depth), self._named(self.layers, depth, "layers")
         parts = ["steers hidden states towards what pictures add to them"] if self.lam else []
         parts += [f"mixes in logits of layers {'/'.join(map(str, late))} of {depth}"] if late else []
-        behind, mixed = [layer + 1 for layer in late], (self.asks, self.combine) if late else (None, None)
-        steps = StepsDoor(patch, self.name, behind, *mixed, "; ".join(parts), whole=self.lam > 0)
+        behind = [layer + 1 for layer in late]
+        asks, scores = (self.asks, self.combine) if late else (None, None)
+        steps = StepsDoor(patch, self.name, behind, asks, scores, "; ".join(parts), whole=self.lam > 0)
         if self.lam:
             DirectionsDoor(patch, steps, layers, self.turn)
 

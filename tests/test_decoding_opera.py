@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,6 +15,9 @@ from attention_oracle import full_maps
 from conftest import TINY, lend
 from tables import TableWalker
 from test_promises import snapshot
+from tiny import make
+from tiny_others import TINY as OTHERS
+from tiny_others import build_gemma3
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -407,6 +411,43 @@ def test_going_back_restores_logits_and_attention(any_vlm, monkeypatch):
     with vlmfast.patch(any_vlm.model, OPERA()):
         beams(any_vlm.model, any_vlm.prompts(ROWS), 3, 3)
     assert checked == [9, 4, 11, 1] * 3
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}])
+def test_behind_a_window_that_has_moved_on(monkeypatch, how):
+    """The last layer sees twelve tokens: the picture and the first answers leave its sight."""
+    vlm, plain = (
+        make("gemma3", dataclasses.replace(OTHERS["gemma3"], build=lambda: build_gemma3(window=12))) for _ in range(2)
+    )
+    asked = [asking(plain, plain.prompts(ROWS, only=row)) for row in range(3)]
+    shown: list[float] = []
+
+    def walk(walker, guide, ended, process, tally):
+        draw = torch.Generator().manual_seed(3)
+        state, _ = walker.begin(2)
+        seen = {}
+        for count in range(1, 17):
+            tokens = torch.randint(3, 80, (2,), generator=draw)
+            state, logits, look = walker.step(state, torch.tensor([1, 0]), tokens)
+            seen[count] = state.tokens, logits, look
+            if count == 16:
+                state, again = walker.back(state, seen[14][0])
+                torch.testing.assert_close(again, seen[14][1], rtol=1e-3, atol=1e-3)
+                rows = [next(r for r in range(2) if torch.equal(seen[14][0][r], line[:14])) for line in seen[15][0]]
+                _, again, look = walker.step(state, torch.tensor(rows), seen[15][0][:, -1])
+                torch.testing.assert_close(again, seen[15][1], rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(look.generated, seen[15][2].generated, rtol=1e-3, atol=1e-4)
+            for row in range(2 if count in (1, 9, 16) else 0):
+                _, generated, visual = asked[walker.row](tuple(seen[count][0][row].tolist()))
+                assert seen[count][2].generated[row].tolist() == pytest.approx(generated, rel=1e-3, abs=1e-5)
+                assert seen[count][2].visual[row].item() == pytest.approx(visual, rel=1e-3, abs=1e-5)
+                shown.append(generated[0])
+        return search(walker, guide, ended, process, tally)
+
+    monkeypatch.setattr(walking, "search", walk)
+    with vlmfast.patch(vlm.model, OPERA()):
+        beams(vlm.model, vlm.prompts(ROWS), 2, 17, **how)
+    assert shown[0] > 0 and shown[5] == 0 == shown[11], "the first answer has left, too"
 
 
 def looks(vlm, inputs, monkeypatch, spec):

@@ -146,7 +146,7 @@ class Ended:
     """The finished sequences of a prompt, best first, at most `beams` of them: as in transformers' beam search.
 
     stops: (sequences [K, L]) -> bool [K]; prompt: [1, P]. room: how many tokens may be generated. ends: the tokens
-    that end a sequence, None: none does. hopeless: no running beam can become better than what there is.
+    that end a sequence, None: none does.
     """
 
     beams: int
@@ -157,7 +157,6 @@ class Ended:
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     found: tuple[Sequence, ...] = ()
-    hopeless: bool = False
 
     @property
     def wide(self) -> int:
@@ -169,23 +168,26 @@ class Ended:
         count = tokens.shape[1]
         hits = self.stops(torch.cat([self.prompt.expand(len(tokens), -1), tokens], dim=1)).to(best.device)
         running, order = (best + hits * DEAD).topk(self.beams)
-        found, full = self.found, len(self.found) == self.beams
-        if not self.hopeless and not (full and self.early_stopping is True):
-            more = [
-                Sequence(float(best[k]) / count**self.length_penalty, tokens[k], lineage[k])
-                for k in hits[: self.beams].nonzero().flatten().tolist()
-            ]
-            found = tuple(sorted((*found, *more), key=lambda one: -one.score)[: self.beams])
-            full = len(found) == self.beams
+        more = [
+            Sequence(float(best[k]) / count**self.length_penalty, tokens[k], lineage[k])
+            for k in hits[: self.beams].nonzero().flatten().tolist()
+        ]
+        found = tuple(sorted((*self.found, *more), key=lambda one: -one.score)[: self.beams])
+        full = len(found) == self.beams
         reach = self.room if self.early_stopping == "never" and self.length_penalty > 0 else count
         worst = found[-1].score if full else DEAD
-        hopeless = self.hopeless or not float(running[0]) / reach**self.length_penalty > worst
+        hopeless = not float(running[0]) / reach**self.length_penalty > worst  # no running beam can become better
         done = hopeless or (full and self.early_stopping is True) or bool(hits.all())
-        return Choice(order, running, done, replace(self, found=found, hopeless=hopeless))
+        return Choice(order, running, done, replace(self, found=found))
 
     def final(self, tokens: Tensor, scores: Tensor, lineage: Tensor) -> tuple[Sequence, ...]:
-        """The sequences, best first. tokens, lineage: [n, t] and scores [n] of the beams that still run"""
-        return self.found
+        """The sequences, best first. tokens, lineage: [n, t] and scores [n] of the beams that still run
+
+        Those stand in where nothing could be said any more before there were enough.
+        """
+        missing, length = self.beams - len(self.found), tokens.shape[1] ** self.length_penalty
+        more = [Sequence(float(scores[k]) / length, tokens[k], lineage[k]) for k in range(missing)]
+        return (*self.found, *more)
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from attention_oracle import full_maps
 from conftest import TINY, lend
 from tables import TableWalker
 from test_promises import snapshot
+from test_promises_attention import strong
 from tiny import make
 from tiny_others import TINY as OTHERS
 from tiny_others import build_gemma3
@@ -542,14 +543,15 @@ def test_with_pruning(vlm, others, monkeypatch):
         assert torch.equal(beams(vlm.model, inputs, 3, 6), plain)
 
 
-def test_with_edited_attention(vlm):
-    """Another method may edit the layer that is looked at."""
-    inputs = vlm.prompts(ROWS)
-    with vlmfast.patch(vlm.model, "zerotuning:gamma=4.0"):
+@pytest.mark.parametrize("other", ["zerotuning", "var", "act", "vhr"])
+def test_with_edited_attention(vlm, other):
+    """Another method may edit the layer that is looked at, and remember of each prompt what it needs."""
+    inputs, spec = vlm.prompts(ROWS), strong(other, vlm.name)
+    with vlmfast.patch(vlm.model, spec):
         plain = beams(vlm.model, inputs, 3, 6)
-    with vlmfast.patch(vlm.model, "zerotuning:gamma=4.0+opera:alpha=0,threshold=9,candidates=97"):
+    with vlmfast.patch(vlm.model, spec + "+opera:alpha=0,threshold=9,candidates=97"):
         assert torch.equal(beams(vlm.model, inputs, 3, 6), plain)
-    with vlmfast.patch(vlm.model, "opera:sigma=20.0,threshold=1,candidates=3+zerotuning:gamma=4.0"):
+    with vlmfast.patch(vlm.model, "opera:sigma=20.0,threshold=1,candidates=3+" + spec):
         tokens = beams(vlm.model, inputs, 3, 20)[:, -20:]
         for row in range(3):
             assert torch.equal(beams(vlm.model, vlm.prompts(ROWS, only=row), 3, 20)[0, -20:], tokens[row])

@@ -21,6 +21,7 @@ from vlmfast.adapters import from_spec, to_spec
 from vlmfast.adapters.decoding.m3id import M3ID
 from vlmfast.adapters.decoding.vcd import VCD, noise_of, noisy, shares
 from vlmfast.encoding import encode_images, encoder_outputs
+from vlmfast.solving import cost_of, nominal
 from vlmfast.visual import VisualTokens
 
 ALPHA, BETA, STEPS, SEED = 1.5, 0.02, 900, 3
@@ -392,6 +393,111 @@ def test_beside_other_methods(vlm, other, monkeypatch):
     assert [p.per_layer for p in report.prompts] == [p.per_layer for p in alone.prompts]
     assert [k.tolist() for k in report.kept] == [k.tolist() for k in alone.kept]
     assert set(alone.notes) <= set(report.notes)
+
+
+@pytest.mark.parametrize(
+    "main, pruner",
+    [
+        ("none", "hiprune/keep=0.3"),
+        ("none", "random/keep=0.5/seed=4"),
+        ("none", "divprune/keep=5"),
+        ("hiprune:keep=0.5", "hiprune/keep=0.2/positions=compact"),
+        ("fastv:keep=0.4,layer=1", "divprune/keep=0.3"),
+        ("zerotuning:gamma=4,layers=0", "divprune/keep=0.3"),
+    ],
+)
+def test_a_pruned_branch(vlm, main, pruner, monkeypatch):
+    """The noisy picture is cut by the branch's own method; the prompts by theirs, or not at all."""
+    production = lambda pixels, frames=1: noisy(pixels, noise_of(pixels, SEED, frames), STEPS)  # noqa: E731
+    monkeypatch.setitem(globals(), "drawn", production)
+    inputs, how = vlm.prompts(ROWS), {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    noise = [under_noise(vlm, row).prompts(ROWS, only=number) for number, row in enumerate(ROWS)]
+    name, _, settings = pruner.partition("/")
+    alone = f"{name}:{settings.replace('/', ',')}"
+    twin = build(vlm.name)
+    branch = f"{alone}+{main}" if main.startswith("zerotuning") else alone
+    with vlmfast.patch(vlm.model, main) as handle, vlmfast.patch(twin.model, branch):
+        oracle = Afresh(
+            inputs,
+            lambda number, tokens: forced(twin.model, noise[number], tokens),
+            lambda own, branch, step: vcd_by_hand(own, branch),
+        )
+        expected = vlm.model.generate(**inputs, **how, logits_processor=[oracle])
+        report = handle.report()
+    spec = f"{SPEC},branch={pruner}"
+    assert to_spec(from_spec(spec)) == spec
+    spec = spec if main == "none" else f"{main}+{spec}"
+    before = snapshot(vlm.model)
+    with vlmfast.patch(vlm.model, spec) as handle:
+        assert torch.equal(vlm.model.generate(**inputs, **how), expected)
+        assert [one.tolist() for one in handle.report().kept] == [one.tolist() for one in report.kept]
+        plain = vlm.model(**inputs).logits
+    assert snapshot(vlm.model) == before
+    with vlmfast.patch(vlm.model, main):
+        assert torch.equal(vlm.model(**inputs).logits, plain), "direct calls are not pruned by the branch's method"
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_a_pruned_branch_on_every_family(family, monkeypatch):
+    production = lambda pixels, frames=1: noisy(pixels, noise_of(pixels, SEED, frames), STEPS)  # noqa: E731
+    monkeypatch.setitem(globals(), "drawn", production)
+    vlm, twin = build(family), build(family)
+    inputs, how = vlm.prompts(ROWS), {"max_new_tokens": 3, "do_sample": False}
+    noise = [under_noise(vlm, row).prompts(ROWS, only=number) for number, row in enumerate(ROWS)]
+    with vlmfast.patch(twin.model, "divprune:keep=0.3"):
+        oracle = Afresh(
+            inputs,
+            lambda number, tokens: forced(twin.model, noise[number], tokens),
+            lambda own, branch, step: vcd_by_hand(own, branch),
+        )
+        expected = vlm.model.generate(**inputs, **how, logits_processor=[oracle])
+    with vlmfast.patch(vlm.model, f"{SPEC},branch=divprune/keep=0.3"):
+        assert torch.equal(vlm.model.generate(**inputs, **how), expected)
+
+
+def test_a_pruned_branch_is_short(vlm):
+    inputs = vlm.prompts([[3, "a", 2]])
+    width = inputs["input_ids"].shape[1]
+    n = width - 5
+    lengths = lengths_of_forwards(vlm, f"{SPEC},branch=divprune/keep=0.25", inputs, do_sample=False)
+    assert lengths[:2] == [width, 5 + n // 4]
+
+
+@pytest.mark.parametrize("branch", ["fastv/keep=0.5", "nothing", "hiprune/0.3", "hiprune/kep=0.3", 3])
+def test_branches_that_there_are_not(branch):
+    with pytest.raises(ValueError, match="branch=|settings are written|no setting"):
+        VCD(branch=branch)
+
+
+def test_a_branch_that_the_tower_cannot_serve():
+    vlm = build("qwen2_5_vl")
+    before = snapshot(vlm.model)
+    with pytest.raises(NotImplementedError, match="needs a CLS token"):
+        vlmfast.patch(vlm.model, "vcd:branch=fastervlm/keep=0.3")
+    assert snapshot(vlm.model) == before
+    with vlmfast.patch(vlm.model, "vcd:branch=fastervlm/keep=0.3/fallback=received"):
+        vlm.model.generate(**vlm.prompts(ROWS), max_new_tokens=2)
+
+
+def test_what_a_branch_costs(vlm):
+    """The tower and the prompt again; a pruned branch the shorter prompt, whatever prunes the prompts."""
+    config = vlm.model.config
+    picture = nominal(config)
+    plain, pruned = (
+        cost_of(config, (), 20, [picture]),
+        cost_of(config, from_spec("divprune:keep=8"), 20, [picture], [8] * 3),
+    )
+    everything = plain.tower + plain.projector + plain.prefill + plain.head
+    assert cost_of(config, from_spec("vcd"), 20, [picture]).selection == everything
+    short = pruned.tower + pruned.projector + pruned.prefill + pruned.head + pruned.selection
+    found = cost_of(config, from_spec("vcd:branch=divprune/keep=8"), 20, [picture]).selection
+    assert found == short < everything
+    both = from_spec("random:keep=4+vcd:branch=divprune/keep=8")
+    assert cost_of(config, both, 20, [picture], [4] * 3).selection == short
+    scored = cost_of(config, from_spec("vcd:branch=hiprune/keep=8"), 20, [picture]).selection
+    alone = cost_of(config, from_spec("hiprune:keep=8"), 20, [picture], [8] * 3)
+    assert scored == alone.total_prefill
+    assert cost_of(config, from_spec("vcd:alpha=0,beta=0"), 20, [picture]).selection == 0
 
 
 def lengths_of_forwards(vlm: Any, spec: str, inputs: dict[str, Tensor], **how: Any) -> list[int]:

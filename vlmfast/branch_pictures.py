@@ -15,24 +15,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from vlmfast.attention import attention_rows
 from vlmfast.branches import Branch, BranchDoor, Prompts, Start
 from vlmfast.conversation import STATE
+from vlmfast.cost import SCORE_ROWS
 from vlmfast.decoders import Sizes
+from vlmfast.edits import Call, EditsDoor
 from vlmfast.encoding import IMAGES, PictureEncoder, Selector, encoder_outputs, renamed
-from vlmfast.families import Positions, Source
+from vlmfast.families import Positions, Source, Tower
 from vlmfast.generating import DONE
 from vlmfast.inputs import KINDS, Door, Everything, Rewriter
 from vlmfast.layers.tokens import PROMPT
 from vlmfast.patching import HANDLE, Patch, shallow
 from vlmfast.rewriting import following, present, rows_of_images
 from vlmfast.towers import Picture
-from vlmfast.visual import VisualTokens
+from vlmfast.visual import Choice, Score, VisualTokens, budget, top
 
 SHOWN = "vlmfast_shown"  # on a cache: the pictures of its prompts, as the branch saw them
 
@@ -42,22 +45,22 @@ class Scene:
     """One picture and the prompt it stands in.
 
     visual: the picture as the prompts have it. modality: "image" or "video". question: [T] ids of the text behind the
-    prompt's last picture, or of all its text where none follows. row: of the running forward. columns: [span] of the
-    prompt, its placeholders.
+    prompt's last picture, or of all its text where none follows. row: of the running `generate`. before: placeholders
+    of its prompt that stand before its own.
     """
 
     visual: VisualTokens
     modality: str
     question: Tensor
     row: int
-    columns: Tensor
+    before: int
 
 
 class Redrawing(Branch, Protocol):
     """What a method has to say that decodes with other pictures."""
 
-    def redraw(self, scene: Scene) -> Tensor:
-        """The pixel values of the branch's picture, in the shape of `scene.visual.pixels`."""
+    def redraw(self, scene: Scene) -> Tensor | VisualTokens:
+        """The branch's picture: pixel values in the shape of `scene.visual.pixels`, or tokens that are encoded."""
         ...
 
 
@@ -233,21 +236,24 @@ class PicturesDoor(BranchDoor):
         """Redraw and encode the pictures that are new."""
         firsts = {row: place for place, row in reversed(list(enumerate(order)))}
         for name, token in self.rewriter.tokens.items():
-            new: list[Shown] = []
-            pixels: list[Tensor] = []
+            new: list[tuple[Shown, Tensor]] = []
             for row, place in sorted(firsts.items()):
                 ids, real = prompts.ids[place], prompts.real[place]
                 columns, start = (ids == token).nonzero().flatten(), 0
                 for one in prompts.pictures.rows[row].get(name, ()):
                     stop = start + one.visual.span
                     if one.redrawn is None:
-                        question = ids[_question(real, prompts.visual[place])]
-                        scene = Scene(one.visual, name, question, int(prompts.rows[place]), columns[start:stop])
-                        new.append(one)
-                        pixels.append(self.branch.redraw(scene))
+                        visual = prompts.visual[place]
+                        question, before = ids[_question(real, visual)], int(visual[: columns[start]].sum())
+                        found = self.branch.redraw(Scene(one.visual, name, question, int(prompts.rows[place]), before))
+                        if isinstance(found, VisualTokens):
+                            one.redrawn = found
+                        else:
+                            new.append((one, found))
                     start = stop
             if new:
-                for one, redrawn in zip(new, self._encode(name, new, pixels)):
+                shown, pixels = zip(*new)
+                for one, redrawn in zip(shown, self._encode(name, shown, pixels)):
                     one.redrawn = redrawn
 
     def _encode(self, name: str, shown: Sequence[Shown], pixels: Sequence[Tensor]) -> list[VisualTokens]:
@@ -282,8 +288,103 @@ def padded(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def branch_flops(picture: Picture, kept: int, text: int, model: Sizes) -> int:
-    """X2 of a branch until its first logits: a picture through the tower again, `kept` tokens of it in the prompt."""
+@dataclass(frozen=True)
+class Attended(VisualTokens):
+    """Visual tokens, and how much each is attended to. attended: [N]"""
+
+    attended: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MostAttended:
+    """Chooses the tokens of a picture that are attended to most. keep: as for pruning methods."""
+
+    keep: float | int
+    positions: Positions | None = None
+    uses_text: bool = False
+    keeps_newlines: bool = False
+
+    def wanted(self, tower: Tower) -> dict[str, Score]:
+        """No statistics of the tower."""
+        return {}
+
+    def choose(self, visual: VisualTokens) -> Choice:
+        """The most attended."""
+        assert isinstance(visual, Attended) and visual.attended is not None
+        return Choice(top(visual.attended, budget(self.keep, len(visual))).sort().values)
+
+
+class Glance:
+    """Watches, once a `generate`, what the last token of each prompt attends to among the visual tokens."""
+
+    def __init__(self) -> None:
+        self.rows: list[Tensor] | None = []
+
+    @property
+    def active(self) -> bool:
+        """Until it has seen the prompts."""
+        return self.rows is None
+
+    def watch(self, call: Call) -> None:
+        """The row of the first token that decides, mean over heads; chunks of a prompt before the last have none."""
+        if not bool(call.ends.any()):
+            return
+        at = int(call.ends.long().argmax(1).min())
+        row = slice(at, at + 1)
+        seen = call.seen.of(row, call.key.shape[2])
+        weights = attention_rows(call.query, call.key, row, call.scaling, seen)[:, :, 0].mean(1)
+        self.rows = [own[visual] for own, visual in zip(weights, call.visual)]
+
+    def of(self, scene: Scene) -> Attended:
+        """The picture with what was seen."""
+        assert self.rows is not None
+        visual = scene.visual
+        seen = self.rows[scene.row][scene.before : scene.before + visual.span].to(visual.features.device)
+        values = {one.name: getattr(visual, one.name) for one in fields(VisualTokens)}
+        return Attended(**values, attended=seen if visual.slots is None else seen[visual.slots.to(seen.device)])
+
+
+class AttendedDoor(PicturesDoor):
+    """Lets one method decode with prompts that have the most attended visual tokens alone. number: of the layer."""
+
+    def __init__(self, patch: Patch, branch: Redrawing, keep: float | int, number: int, glance: Glance) -> None:
+        for one in patch.model.__dict__[HANDLE].adapters:
+            if one.drops:
+                raise NotImplementedError(
+                    f"{branch.name}: the model's own attention chooses among all visual tokens, and {one.name} drops "
+                    "some before it is seen: choose one"
+                )
+        super().__init__(patch, branch, MostAttended(keep))
+        self.glance = glance
+        EditsDoor.of(patch).watch(branch.name, number, glance)
+
+    def begin(self, ids: Tensor, real: Tensor, given: dict[str, Any]) -> Pictures:
+        """Look at the prompts when they go through the model."""
+        self.glance.rows = None
+        return super().begin(ids, real, given)
+
+
+def prompt_flops(kept: int, text: int, model: Sizes) -> int:
+    """X2 of a prompt with `kept` visual tokens through the decoder, until its first logits."""
     decoder = model.decoder
-    prompt = sum(layer.flops(kept + text, kept + text) for layer in decoder.layers)
-    return model.vision.tower + model.vision.projector + prompt + 2 * decoder.width * decoder.vocabulary
+    layers = sum(layer.flops(kept + text, kept + text) for layer in decoder.layers)
+    return layers + 2 * decoder.width * decoder.vocabulary
+
+
+def branch_flops(picture: Picture, text: int, model: Sizes, pruner: Any = None) -> int:
+    """X2 of a branch until its first logits: a picture through the tower again, then the prompt with it.
+
+    pruner: a pruning method of its own (an adapter), with what that multiplies itself.
+    """
+    again = model.vision.tower + model.vision.projector
+    if pruner is None:
+        return again + prompt_flops(picture.span, text, model)
+    picture = model.whole or picture  # what prunes the prompts leaves this branch alone
+    kept = pruner.visual_per_layer(picture, 1)[0]
+    for score in dict.fromkeys(pruner.wanted(model.tower).values()):
+        rows, width = SCORE_ROWS[score.kind], model.vision.width
+        without = score.patches and model.tower.has_cls  # the CLS query is left out
+        again += sum(
+            2 * width * span * (span - without if rows is None else rows) for span in model.vision.spans[score.layer]
+        )
+    return again + pruner.selection_flops(picture, text, model) + prompt_flops(kept, text, model)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from vlmfast.towers import Tower, Vision
+from vlmfast.towers import Picture, Tower, Vision
 
 CHUNK = 64  # tokens in a chunk of the delta rule
 
@@ -127,13 +127,15 @@ class Decoder:
 class Sizes:
     """What a method's own products depend on, beside the picture: the model by its sizes.
 
-    tower: the vision tower; vision: what it does to the picture. projects: the projector works token by token.
+    tower: the vision tower; vision: what it does to the picture. projects: the projector works token by token. whole:
+    the picture before any method, None: not known to be another one.
     """
 
     decoder: Decoder
     tower: Tower
     vision: Vision
     projects: bool
+    whole: Picture | None = None
 
 
 def decoder(config: Any) -> Decoder:

@@ -55,6 +55,7 @@ def apply(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int)
         tower=family.tower(config),
         vision=vision(config, picture.patches, picture.video),
         projects=family.projector is not None,
+        whole=picture,
     )
     layers, own = [picture.span] * depth, 0
     for adapter in sorted(adapters, key=lambda adapter: adapter.door):

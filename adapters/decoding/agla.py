@@ -20,7 +20,8 @@ The question is the text behind a prompt's last picture (all text where none fol
 puts around it; the picture is what the vision tower gets, its normalisation taken back. Both need the model's
 processor, which is loaded from where the model came from. Where a picture goes to the tower as several views this
 does not work; `matcher=self` does: no other model, but the attention of the text's last token to the picture in the
-decoder's middle layer, whose `keep` most attended tokens make up the second prompt. That is not the paper.
+decoder's middle layer; the most attended `part` of the visual tokens makes up the second prompt. Not the paper.
+`branch=fastervlm/keep=0.1` prunes the second prompt's picture by its own statistics (ours, too).
 
 Differs from the official code: that makes the second prompt's keyword arguments anew from the first's at each step,
 so that from the second generated token on both branches go on with the first one's cache, and f = (1 + alpha) z
@@ -38,15 +39,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmfast.adapters.decoding.base import Decoding, number
-from vlmfast.branch_pictures import PicturesDoor, Scene, branch_flops
+from vlmfast.adapters.decoding.base import Decoding, number, pruner_of
+from vlmfast.branch_pictures import Attended, AttendedDoor, Glance, PicturesDoor, Scene, branch_flops, prompt_flops
 from vlmfast.branches import plausible
-from vlmfast.decoders import Sizes
+from vlmfast.decoders import Attention, Sizes
+from vlmfast.layers.cache import window_of
 from vlmfast.matching import Matcher, check_folder
 from vlmfast.patching import Patch
 from vlmfast.processors import load_processor
 from vlmfast.towers import Picture
+from vlmfast.visual import budget
 
+SELF = "self"
 BLIP = "Salesforce/blip-itm-large-coco"
 ROLE = re.compile(r"\s*(assistant|model)\s*:?\s*$", re.IGNORECASE)  # what templates put behind a question
 
@@ -150,12 +154,33 @@ class LocalBranch:
         return self.method.combine(logits, logits if official else branch)
 
 
+@dataclass(frozen=True)
+class AttendedBranch:
+    """The branch that has the most attended visual tokens alone."""
+
+    method: AGLA
+    glance: Glance = field(compare=False)
+    name: str = "agla"
+    what: str = "joined with the same prompt that keeps what the text attends to (matcher=self: not the paper's)"
+
+    def redraw(self, scene: Scene) -> Attended:
+        """The tokens with what attends to them."""
+        return self.glance.of(scene)
+
+    def combine(self, logits: Tensor, branch: Tensor, step: int) -> Tensor:
+        """As the method has it. [R, V]"""
+        official = self.method.parity == "official" and step > 0
+        return self.method.combine(logits, logits if official else branch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AGLA(Decoding):
     """Add the logits of the same prompt whose pictures show only what the question is about.
 
     alpha: their weight. beta: tokens less likely than this share of the likeliest are out; 0: none. matcher: folder or
-    Hub id of a BlipForImageTextRetrieval, loaded when it is first needed. layer: of its text encoder.
+    Hub id of a BlipForImageTextRetrieval, loaded when it is first needed, or "self". layer: of its text encoder. part:
+    share of the visual tokens that stays with matcher="self". branch: what prunes the second prompt's pictures, its
+    settings joined by slashes; None: what prunes the prompts, if anything does.
     """
 
     name: ClassVar[str] = "agla"
@@ -166,6 +191,8 @@ class AGLA(Decoding):
     beta: float = 0.5
     matcher: str = BLIP
     layer: int = 6
+    part: float = 0.5
+    branch: str | None = None
     parity: str = "repaired"
 
     def __post_init__(self) -> None:
@@ -178,6 +205,10 @@ class AGLA(Decoding):
             raise ValueError(f"matcher={self.matcher!r}: a folder or Hub id of a BLIP matcher, such as {BLIP}")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise ValueError(f"layer={self.layer!r}: a layer of the matcher's text encoder, from 0 on")
+        if not number(self.part, 0, 1) or not self.part:
+            raise ValueError(f"part={self.part!r}: a share in (0, 1] of the visual tokens, for matcher=self")
+        if pruner_of(self.branch) is not None and self.matcher == SELF:
+            raise ValueError(f"branch={self.branch!r}: matcher=self chooses the second prompt's tokens already")
 
     @property
     def neutral(self) -> bool:
@@ -190,11 +221,27 @@ class AGLA(Decoding):
 
     def install(self, patch: Patch) -> None:
         """Door 4. Raises ValueError for a folder that holds no BLIP."""
+        if self.matcher == SELF:
+            decoder, glance = patch.base.get_decoder(), Glance()
+            attends = [n for n, one in enumerate(decoder.layers) if getattr(one, "self_attn", None) is not None]
+            whole = [n for n in attends if window_of(decoder.config, n) is None] or attends
+            middle = min(whole, key=lambda n: abs(n - len(decoder.layers) // 2))
+            AttendedDoor(patch, AttendedBranch(self, glance), float(self.part), middle, glance)
+            return
         check_folder(self.matcher)
         frames = int(getattr(patch.model.config.vision_config, "temporal_patch_size", 1))
         reader = Reader(patch.model, self.matcher, self.layer)
-        PicturesDoor(patch, LocalBranch(self, reader, patch.tower.merge, frames))
+        pruner = pruner_of(self.branch)
+        if pruner is not None:
+            pruner.check(patch.family)
+        PicturesDoor(patch, LocalBranch(self, reader, patch.tower.merge, frames), pruner)
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The tower again, and the prompt through the decoder again. The matcher, a model of its own, is left out."""
-        return 0 if self.neutral else branch_flops(picture, picture.span, text, model)
+        if self.neutral:
+            return 0
+        if self.matcher != SELF:
+            return branch_flops(picture, text, model, pruner_of(self.branch))
+        attends = [layer for layer in model.decoder.layers if isinstance(layer.mixer, Attention)]
+        row = 2 * attends[len(attends) // 2].statistic(1, picture.span + text)
+        return row + prompt_flops(budget(float(self.part), picture.tokens), text, model)

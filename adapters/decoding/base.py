@@ -21,6 +21,26 @@ def number(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
+def pruner_of(branch: Any) -> Any:
+    """The pruning method of a branch: its name and settings joined by slashes, "fastervlm/keep=0.1"; None: none.
+
+    Raises ValueError for anything but one method that prunes before the language model.
+    """
+    from vlmfast.adapters import ADAPTERS, from_spec
+    from vlmfast.adapters.pruning.base import Pruner
+
+    if branch is None:
+        return None
+    explain = "a method that prunes before the language model and its settings, as in fastervlm/keep=0.1"
+    if not isinstance(branch, str):
+        raise ValueError(f"branch={branch!r}: {explain}")
+    name, *pieces = (piece.strip() for piece in branch.split("/"))
+    if name not in ADAPTERS or not issubclass(ADAPTERS[name], Pruner):
+        able = ", ".join(sorted(known for known, cls in ADAPTERS.items() if issubclass(cls, Pruner)))
+        raise ValueError(f"branch={branch!r}: {explain}; there are {able}")
+    return from_spec(f"{name}:{','.join(pieces)}")[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Decoding(Adapter):
     """Change what `model.generate` returns, and nothing else: direct calls of the model are as without the method.

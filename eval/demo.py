@@ -23,6 +23,7 @@ from vlmfast.eval.models import load_model
 from vlmfast.eval.overlay import overlay, visible
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.report import text
+from vlmfast.eval.sweep import beams_of
 from vlmfast.patching import unwrap
 from vlmfast.solving import cost_of
 from vlmfast.towers import Picture, size_of
@@ -134,9 +135,10 @@ def answer(
     size: Picture,
     text_tokens: int,
 ) -> Outcome:
-    """Generate greedily under a spec, then time the same prompt. size: of its picture."""
+    """Generate under a spec, greedily or with the beams it needs, then time the same prompt. size: of its picture."""
     with vlmfast.patch(model, spec) as handle, torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        beams = beams_of(handle.adapters)
+        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=beams)
         report = handle.report()
         latency = measure(
             model,
@@ -145,6 +147,7 @@ def answer(
             repeats=repeats,
             threads=1 if model.num_parameters() <= SMALL else torch.get_num_threads(),
             memory=False,
+            beams=beams,
         )
     new = ids[0, inputs["input_ids"].shape[1] :]
     kept, per_layer, share = sum(image.kept for image in report.images), report.per_layer, report.share

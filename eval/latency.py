@@ -22,7 +22,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -210,47 +210,85 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-class _Stamps(StoppingCriteria):
-    """Notes the time after every generated token and never stops."""
+class Forwards:
+    """Counts what runs through a model's decoder: `calls`, and `rows`, summed over them."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.first = _base(model).get_decoder().layers[0]
+        self.calls = self.rows = 0
+
+    def __enter__(self) -> "Forwards":
+        self.hook = self.first.register_forward_pre_hook(self._count, with_kwargs=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hook.remove()
+
+    def _count(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.calls += 1
+        self.rows += len(args[0] if args else kwargs["hidden_states"])
+
+
+class _Stamps(StoppingCriteria):
+    """Notes the time after every generated token, what had been forwarded for the first, and never stops."""
+
+    def __init__(self, clock: Clock, forwards: Forwards | None = None) -> None:
         self.clock = clock
+        self.forwards = forwards
         self.times: list[float] = []
+        self.begun = 0, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.times.append(self.clock.read())
+        if len(self.times) == 1 and self.forwards is not None:
+            self.begun = self.forwards.calls, self.forwards.rows
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One timed greedy `generate`: milliseconds to the first token and per later step of the whole batch."""
+    """One timed `generate`: milliseconds to the first token and per later one of the whole batch.
+
+    forwards_per_token: decoder calls for each later token; rows_per_token: their rows. What is per later token is None
+    if only one token was generated.
+    """
 
     ttft_ms: float
-    decode_ms_per_token: float | None  # None if only one token was generated
+    decode_ms_per_token: float | None
+    forwards_per_token: float | None = None  # None also where they were not counted
+    rows_per_token: float | None = None
 
 
-def generation(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, clock: Clock) -> Generation:
-    """Time a greedy `generate` of exactly `new_tokens` tokens as the user would call it.
+def generation(
+    model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, clock: Clock, *, beams: int = 1, count: bool = False
+) -> Generation:
+    """Time a `generate` of exactly `new_tokens` tokens as the user would call it, greedy or with `beams`.
 
-    The first token's time contains everything: vision tower, selection, prefill, head. `inputs`: as the processor
-    gives them, on the model's device.
+    The first token's time contains everything: vision tower, selection, prefill, head; what a search goes back on
+    counts for later tokens. `inputs`: as the processor gives them, on the model's device. count: forwards, too.
     """
     if new_tokens < 1:
         raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-    stamps = _Stamps(clock)
-    with torch.no_grad():
+    forwards = Forwards(model) if count else None
+    stamps = _Stamps(clock, forwards)
+    with torch.no_grad(), forwards or nullcontext():
         start = clock.read()
         model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
+            num_beams=beams,
             stopping_criteria=StoppingCriteriaList([stamps]),
         )
-    steps = len(stamps.times) - 1
-    decode = (stamps.times[-1] - stamps.times[0]) / steps if steps else None
-    return Generation(1000 * (stamps.times[0] - start), None if decode is None else 1000 * decode)
+    ttft, later = 1000 * (stamps.times[0] - start), new_tokens - 1
+    if not later:
+        return Generation(ttft, None)
+    decode = 1000 * (stamps.times[-1] - stamps.times[0]) / later
+    if forwards is None:
+        return Generation(ttft, decode)
+    calls, rows = stamps.begun
+    return Generation(ttft, decode, (forwards.calls - calls) / later, (forwards.rows - rows) / later)
 
 
 def image_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,7 +313,8 @@ class Latency:
     ttft_ms              `generate` until its first token: tower, projector, selection, prefill, head
     vision_ms            tower and projector alone (with the score statistics where a method takes them)
     prefill_ms           the rest of the first forward, from encoded images to the logits of the last position
-    decode_ms_per_token  each further step of `generate`, whole batch
+    decode_ms_per_token  each further token of `generate`, whole batch
+    forwards_per_token   decoder calls for each further token; rows_per_token: their rows
     peak_memory_mb       weights plus the most that one `generate` held (decimal MB; see `memory`)
     """
 
@@ -283,6 +322,8 @@ class Latency:
     vision_ms: Spread | None
     prefill_ms: Spread
     decode_ms_per_token: Spread | None
+    forwards_per_token: float | None
+    rows_per_token: float | None
     peak_memory_mb: float | None
     memory: str
     clock: str
@@ -290,6 +331,7 @@ class Latency:
     threads: int
     repeats: int
     new_tokens: int
+    beams: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain dicts and numbers, for JSON."""
@@ -305,13 +347,14 @@ def measure(
     warmup: int = 1,
     threads: int = 1,
     memory: bool = True,
+    beams: int = 1,
 ) -> Latency:
     """Time one prompt batch on the model as it stands (patched or not).
 
     `inputs`: as the processor gives them, on the model's device. With `pixel_values` the tower is part of the first
     token's time; with `mm_encoder_outputs` instead it is not, and `vision_ms` is None. `new_tokens`: tokens per
     timed `generate` (1: no decode time). `repeats`: readings of each part, taken in turns. `memory=False` leaves out
-    the extra run that finds the peak.
+    the extra run that finds the peak. `beams`: `num_beams` of `generate`.
     """
     check_repeats(repeats, warmup)
     device = next(model.parameters()).device
@@ -330,20 +373,23 @@ def measure(
         return clock.milliseconds(lambda: model(**text, **encoded, use_cache=True, logits_to_keep=1))
 
     variants: dict[str, Callable[[], Any]] = {
-        "generate": lambda: generation(model, inputs, new_tokens, clock),
+        "generate": lambda: generation(model, inputs, new_tokens, clock, beams=beams),
         "prefill": prefill,
     }
     if images:
         variants["vision"] = lambda: clock.milliseconds(encode)
     with use_threads(threads):
         readings = interleave(variants, repeats=repeats, warmup=warmup)
-        peak = _peak_mb(model, inputs, new_tokens, clock) if memory else None
+        peak = _peak_mb(model, inputs, new_tokens, clock, beams) if memory else None
+        counted = generation(model, inputs, new_tokens, clock, beams=beams, count=True)
     decode = [g.decode_ms_per_token for g in readings["generate"] if g.decode_ms_per_token is not None]
     return Latency(
         ttft_ms=Spread.of([g.ttft_ms for g in readings["generate"]]),
         vision_ms=Spread.of(readings["vision"]) if images else None,
         prefill_ms=Spread.of(readings["prefill"]),
         decode_ms_per_token=Spread.of(decode) if decode else None,
+        forwards_per_token=counted.forwards_per_token,
+        rows_per_token=counted.rows_per_token,
         peak_memory_mb=peak,
         memory="CUDA allocator" if device.type == "cuda" else "live tensors",
         clock=clock.name,
@@ -351,9 +397,11 @@ def measure(
         threads=threads,
         repeats=repeats,
         new_tokens=new_tokens,
+        beams=beams,
     )
 
 
-def _peak_mb(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, clock: Clock) -> float:
+def _peak_mb(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, clock: Clock, beams: int) -> float:
     """Weights plus the most bytes one `generate` held, in MB."""
-    return (weight_bytes(model) + peak_bytes(lambda: generation(model, inputs, new_tokens, clock), clock.device)) / MB
+    peak = peak_bytes(lambda: generation(model, inputs, new_tokens, clock, beams=beams), clock.device)
+    return (weight_bytes(model) + peak) / MB

@@ -99,8 +99,8 @@ def expand_flops(
 
 
 def leaves_keep_open(part: str) -> bool:
-    """Whether one method of a spec has a setting `keep` and the spec does not name it."""
+    """Whether one method of a spec drops tokens, has a setting `keep`, and the spec does not name it."""
     named = part.partition(":")[2].split(",")
-    return any("keep" in adapter.settings() for adapter in from_spec(part)) and not any(
+    return any(adapter.drops and "keep" in adapter.settings() for adapter in from_spec(part)) and not any(
         setting.split("=")[0].strip() == "keep" for setting in named
     )

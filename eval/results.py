@@ -23,7 +23,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 SCHEMA = 1
-IDENTITY = ("schema", "model_hash", "spec", "limit", "seed", "batch", "device", "dtype", "tasks")
+IDENTITY = ("schema", "model_hash", "spec", "limit", "seed", "batch", "device", "dtype", "beams", "tasks")
+BEFORE = {"beams": 1}  # fields of the identity that older files lack, and what they were then
 WAY_OUT = "choose another folder with --out, or delete the file to run it again"
 
 
@@ -54,6 +55,7 @@ class TaskResult:
 class Result:
     """One finished run, as it is stored; fields without a type of their own are plain JSON values.
 
+    beams: `num_beams` of the unpatched run, and of every method that does not need more (`latency` has a run's own).
     attention: where attention goes, before and after (see `vlmfast.eval.attention.measure`), of specs that edit it.
     """
 
@@ -77,6 +79,7 @@ class Result:
     seconds: float
     samples: list[dict[str, Any]] = field(default_factory=list)
     attention: dict[str, Any] | None = None
+    beams: int = 1
     schema: int = SCHEMA
     complete: bool = True
 
@@ -136,7 +139,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """In words, each field in which two identities differ."""
     words = []
     for name in IDENTITY:
-        old, new = found.get(name), wanted.get(name)
+        old, new = found.get(name, BEFORE.get(name)), wanted.get(name, BEFORE.get(name))
         if old == new:
             continue
         if name == "tasks" and isinstance(old, dict) and isinstance(new, dict):
@@ -171,13 +174,13 @@ def write_result(path: Path, result: Result) -> None:
 
 
 def load_results(folders: str | Path | Sequence[str | Path]) -> list[Result]:
-    """All finished runs of one or more folders, by model, the unpatched run first, then by method and falling keep.
+    """All finished runs of one or more folders: by model, beams, the unpatched one first, method and falling keep.
 
     Raises FileNotFoundError for a missing folder or one without a result, ValueError for a damaged file and for
     two results of the same run.
     """
     folders = [folders] if isinstance(folders, str | Path) else folders
-    seen: dict[tuple[str, str], Path] = {}
+    seen: dict[tuple[str, str, int], Path] = {}
     results = []
     for folder in map(Path, folders):
         if not folder.is_dir():
@@ -187,7 +190,7 @@ def load_results(folders: str | Path | Sequence[str | Path]) -> list[Result]:
             raise FileNotFoundError(f"{folder} holds no finished result of `vlmfast eval` (files MODEL--SPEC.json)")
         for path in paths:
             result = read_result(path)
-            other = seen.setdefault((result.model, result.spec), path)
+            other = seen.setdefault((result.model, result.spec, result.beams), path)
             if other != path:
                 raise ValueError(f"{other} and {path} are results of the same run: report them apart, or delete one")
             results.append(result)
@@ -195,10 +198,10 @@ def load_results(folders: str | Path | Sequence[str | Path]) -> list[Result]:
 
 
 def order(result: Result) -> tuple[Any, ...]:
-    """Sort key: model, unpatched first, method, keep falling (shares before numbers of tokens), spec."""
+    """Sort key: model, beams, unpatched first, method, keep falling (shares before numbers of tokens), spec."""
     share = -float(result.keep) if isinstance(result.keep, float) else 0.0
     count = -result.keep if isinstance(result.keep, int) else 0
-    return result.model, result.spec != "none", result.method, share, count, result.spec
+    return result.model, result.beams, result.spec != "none", result.method, share, count, result.spec
 
 
 class Answers:

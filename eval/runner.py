@@ -42,6 +42,7 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     batch: int = 64,
+    beams: int = 1,
     workers: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
@@ -63,6 +64,8 @@ def evaluate(
     limit: images per task; None takes the tasks' defaults.
     seed: draws the images of the tasks and the resamples of the intervals.
     batch: questions answered at a time.
+    beams: `num_beams` of every run, the unpatched one too. With 1, a method that needs beams takes its own number and
+        is compared with greedy search.
     workers: processes, at most one a model; None: one a model on a CPU if the models are small, else one in all.
 
     Raises
@@ -72,7 +75,13 @@ def evaluate(
     RuntimeError: a question that could not be answered, or a worker process that died.
     What was finished stays, and the same call goes on from there; so it does after KeyboardInterrupt.
     """
-    numbers = {"limit": (limit, 1), "batch": (batch, 1), "workers": (workers, 1), "seed": (seed, 0)}
+    numbers = {
+        "limit": (limit, 1),
+        "batch": (batch, 1),
+        "beams": (beams, 1),
+        "workers": (workers, 1),
+        "seed": (seed, 0),
+    }
     for name, (value, least) in numbers.items():
         if value is None and name in ("limit", "workers"):
             continue
@@ -107,6 +116,7 @@ def evaluate(
         "limit": limit,
         "seed": seed,
         "batch": batch,
+        "beams": beams,
         "device": device,
         "dtype": dtype,
         "threads": max(1, cores() // len(folders)) if beside else cores(),

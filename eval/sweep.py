@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import vlmfast
-from vlmfast.adapters import from_spec
+from vlmfast.adapter import Adapter
+from vlmfast.adapters import from_spec, to_spec
 from vlmfast.cost import CONVENTION
 from vlmfast.encoding import encode_images, encoder_outputs
 from vlmfast.eval.attention import edits
@@ -59,12 +60,17 @@ class Job:
     dtype: str
     threads: int
     command: str
+    beams: int = 1  # `num_beams` of every run, but for methods that need more than greedy search
 
     def identity(self, spec: str) -> dict[str, Any]:
         """What the files of one run must agree on (see `vlmfast.eval.results`)."""
-        names = ("model_hash", "limit", "seed", "batch", "device", "dtype")
+        names = ("model_hash", "limit", "seed", "batch", "device", "dtype", "beams")
         fields = {name: getattr(self, name) for name in names}
         return {"schema": SCHEMA, "spec": spec, "tasks": self.hashes} | fields
+
+    def beams_of(self, methods: Sequence[Adapter]) -> int:
+        """`num_beams` of one run: the job's, or, where that is greedy search, what the methods need."""
+        return beams_of(methods) if self.beams == 1 else self.beams
 
     def path(self, spec: str) -> Path:
         """Where the result of one run belongs."""
@@ -192,7 +198,7 @@ class Sweep:
             mm_encoder_outputs=encoder_outputs([visual for visual, _ in pictures]),
             max_new_tokens=self.tasks[batch[0].task].NEW_TOKENS,
             do_sample=False,
-            num_beams=1,
+            num_beams=self.job.beams_of(handle.adapters),
         )
         new = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.prompts.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -287,6 +293,7 @@ class Sweep:
             cost=cost,
             latency=latency,
             attention=self.attention(spec),
+            beams=job.beams,
             environment=describe(job.device),
             command=job.command,
             started=started,
@@ -341,9 +348,13 @@ class Sweep:
         }
 
     def attention(self, spec: str) -> dict[str, Any] | None:
-        """Where attention goes on the fixed samples, unpatched and patched; None for specs that do not edit it."""
+        """Where attention goes on the fixed samples, unpatched and patched; None for specs that do not edit it.
+
+        In greedy search, by itself: without what a decoding method of the spec makes of the logits.
+        """
         if not edits(spec):
             return None
+        spec = to_spec([adapter for adapter in from_spec(spec) if adapter.kind != "decoding"])
         prompts = [self.prompts.full(self.tasks[doc.task].prompt(doc), image(doc)) for doc in self.samples]
         return measure_attention(self.model, spec, prompts)
 
@@ -358,11 +369,12 @@ class Sweep:
         clock = Clock.of(self.model.device, self.job.threads)
 
         def first_token(spec: str) -> float:
-            with vlmfast.patch(self.model, spec):
-                return generation(self.model, inputs, 1, clock).ttft_ms
+            with vlmfast.patch(self.model, spec) as handle:
+                return generation(self.model, inputs, 1, clock, beams=self.job.beams_of(handle.adapters)).ttft_ms
 
-        with vlmfast.patch(self.model, spec):
-            latency = measure(self.model, inputs, repeats=REPEATS, threads=self.job.threads)
+        with vlmfast.patch(self.model, spec) as handle:
+            beams = self.job.beams_of(handle.adapters)
+            latency = measure(self.model, inputs, repeats=REPEATS, threads=self.job.threads, beams=beams)
         readings = interleave(
             {name: partial(first_token, name) for name in dict.fromkeys((UNPATCHED, spec))}, repeats=REPEATS
         )
@@ -386,8 +398,13 @@ def failure(run: str, what: str, error: Exception) -> str:
     return f"{run} stopped at {what}: {type(error).__name__}: {error}"
 
 
+def beams_of(methods: Sequence[Adapter]) -> int:
+    """`num_beams` that some methods need, 1: none of them minds."""
+    return max((method.beams for method in methods), default=1)
+
+
 def describe_spec(spec: str) -> tuple[str, float | int | None]:
     """The method's name (several joined by +) and its keep, None if it has none."""
     adapters = from_spec(spec)
-    keeps = [adapter.keep for adapter in adapters if hasattr(adapter, "keep")]
+    keeps = [vars(adapter)["keep"] for adapter in adapters if adapter.drops and "keep" in adapter.settings()]
     return "+".join(adapter.name for adapter in adapters) or UNPATCHED, keeps[0] if keeps else None

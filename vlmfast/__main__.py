@@ -275,6 +275,7 @@ def evaluate(
     limit: Annotated[int | None, _number("Images per task (default: what each task takes).")] = None,
     seed: Annotated[int, _number("Draws the images and the intervals.", 0)] = 0,
     batch: Annotated[int, _number("Questions answered at a time.")] = 64,
+    beams: Annotated[int, _number("Beams of every run, the unpatched one too.")] = 1,
     workers: Annotated[int | None, _number("Processes, at most one a model (default: by the models' size).")] = None,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -292,7 +293,7 @@ def evaluate(
     from vlmfast.eval.runner import evaluate as score
 
     settings: dict[str, Any] = {"limit": limit, "seed": seed, "batch": batch, "workers": workers, "dtype": dtype}
-    settings["flops"] = shares
+    settings |= {"flops": shares, "beams": beams}
     try:
         score(model, method, keeps, task or None, out, device=device or best_device(), **settings)
     except KeyboardInterrupt:

@@ -38,6 +38,7 @@ class Adapter:
     door: ClassVar[int] = INPUTS  # methods take effect in this order
     drops: ClassVar[bool] = False  # may drop visual tokens
     foreseeable: ClassVar[bool] = True  # what stays of a picture depends on its size alone
+    beams: ClassVar[int] = 1  # `num_beams` for those who generate and have no wish of their own
     needs_file: ClassVar[bool] = False  # a file that is made for a model first: `needs` names its setting
 
     @classmethod

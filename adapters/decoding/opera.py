@@ -86,7 +86,7 @@ class OPERA(Decoding):
     name: ClassVar[str] = "opera"
     summary: ClassVar[str] = "beam search with an over-trust penalty that goes back to where over-trust began"
     paper: ClassVar[str] = "arXiv:2311.17911"
-    beams: ClassVar[int] = 5  # num_beams of the paper, for those who call `generate`
+    beams: ClassVar[int] = 5  # the paper's
 
     alpha: float = 1.0
     sigma: float = 50.0

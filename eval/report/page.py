@@ -86,6 +86,7 @@ COLUMNS = (
     Column("TTFT", "ms", lambda row: text.timing(row.ttft), lambda row: row.ttft and row.ttft.value),
     Column("speed-up", "of TTFT", lambda row: text.ratio(row.speedup), lambda row: row.speedup and row.speedup.value),
     Column("decode", "ms/token", lambda row: text.timing(row.decode), lambda row: row.decode and row.decode.value),
+    Column("forwards", "a token", lambda row: text.number(row.forwards), lambda row: row.forwards),
     Column("KV", "kB", lambda row: text.kilobytes(row.kv_bytes), lambda row: row.kv_bytes),
     Column("memory", "peak MB", lambda row: text.number(row.memory_mb), lambda row: row.memory_mb),
 )

@@ -55,6 +55,7 @@ class Row:
     decode: Interval | None
     speedup: Interval | None  # unpatched TTFT / this TTFT, measured in turns
     memory_mb: float | None
+    forwards: float | None  # decoder calls a further token
     result: Result = field(repr=False)
     beaten: bool = False  # random at the same keep has the higher accuracy
     beaten_tasks: frozenset[str] = frozenset()
@@ -70,10 +71,20 @@ class Row:
         return self.result.method in CONTROLS
 
     @property
-    def edits(self) -> bool:
-        """Whether a method edits attention."""
+    def kinds(self) -> frozenset[str]:
+        """What the methods do: "pruning", "attention", "decoding"."""
         names = self.result.method.split("+")
-        return any(name in ADAPTERS and ADAPTERS[name].kind == "attention" for name in names)
+        return frozenset(ADAPTERS[name].kind for name in names if name in ADAPTERS)
+
+    @property
+    def edits(self) -> bool:
+        """Whether a method changes answers otherwise than by dropping tokens: in the attention or while decoding."""
+        return bool(self.kinds & {"attention", "decoding"})
+
+    @property
+    def beams(self) -> int:
+        """Beams that the run searched with."""
+        return int(self.result.latency.get("beams", self.result.beams))
 
     @property
     def keep_text(self) -> str:
@@ -95,6 +106,11 @@ class Section:
     def baseline(self) -> Row | None:
         """The unpatched run, if it is among the results."""
         return next((row for row in self.rows if row.unpatched), None)
+
+    @property
+    def beams(self) -> int:
+        """Beams of the unpatched run, and of methods that do not need more."""
+        return self.rows[0].result.beams
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -144,7 +160,7 @@ def line_label(spec: str) -> tuple[str, str]:
     return "+".join(names), " ".join(settings)
 
 
-_COMPARABLE = ("model", "model_hash", "limit", "seed", "device", "dtype")
+_COMPARABLE = ("model", "model_hash", "limit", "seed", "device", "dtype", "beams")
 
 
 def _title(key: tuple[Any, ...], rivals: list[tuple[Any, ...]]) -> str:
@@ -174,6 +190,7 @@ def _row(result: Result, label: str) -> Row:
         decode=_timing(latency.get("decode_ms_per_token")),
         speedup=None if unpatched else _timing(latency.get("ttft_speedup")),
         memory_mb=latency.get("peak_memory_mb"),
+        forwards=latency.get("forwards_per_token"),
         result=result,
     )
 

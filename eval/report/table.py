@@ -124,6 +124,9 @@ def notes(section: Section) -> list[str]:
         for row in (section.line(label)[0] for label in section.labels)
         if row.settings and row.settings not in row.label
     ]
+    for beams in sorted({row.beams for row in section.rows} - {section.beams}):
+        rows = dict.fromkeys(row.label for row in section.rows if row.beams == beams)
+        lines.append(f"{', '.join(rows)}: {beams} beams; the unpatched model: {section.beams}.")
     if section.convention:
         lines.append(f"FLOPs and KV are means per prompt. {section.convention}.")
     lines.append("Tokens: visual tokens of a picture, mean over the layers of the language model.")

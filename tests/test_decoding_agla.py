@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
-from test_branches import next_logits
+from attention_oracle import full_maps
+from conftest import TINY, build
+from test_branches import PLACEHOLDERS, next_logits
 from test_decoding_vcd import forbid
 from test_promises import ROWS, snapshot
 from tiny import Picture, Vlm
@@ -20,10 +21,12 @@ from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval
 
 import vlmfast
 from vlmfast import matching
-from vlmfast.adapters import from_spec, to_spec
+from vlmfast.adapters import from_spec, support, to_spec
 from vlmfast.adapters.decoding.agla import AGLA, Reader, image_of, patches_of, question_of
+from vlmfast.adapters.pruning.base import Pruner
 from vlmfast.eval.models import load_model
 from vlmfast.matching import Matcher, caption, gradcam, kept_pixels, share, smooth
+from vlmfast.solving import cost_of, nominal
 
 ALPHA, BETA, LAYER, SIDE = 1.5, 0.02, 1, 32  # the last layer tells of the first token alone
 WORDS = ["is", "there", "a", "red", "dog", "in", "the", "picture", "?", "what", "colour", "one"]
@@ -339,8 +342,152 @@ def test_a_model_without_a_processor(vlm, blip):
         vlm.model.generate(**vlm.prompts(ROWS), max_new_tokens=2)
 
 
-@pytest.mark.parametrize("family, rows", [("llava_next", ROWS), ("idefics3", ROWS), ("qwen3_vl", [[3, "A", 2]])])
-def test_pictures_it_does_not_work_on(family, rows, blip, reading):
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision", "idefics3", "smolvlm"])
+def test_families_that_cut_their_pictures(family, blip):
     vlm = build(family)
-    with vlmfast.patch(vlm.model, spec(blip)), pytest.raises(NotImplementedError, match="agla (needs|does not work)"):
-        vlm.model.generate(**vlm.prompts(rows), max_new_tokens=2)
+    before = snapshot(vlm.model)
+    with pytest.raises(NotImplementedError, match="agla:matcher=self"):
+        vlmfast.patch(vlm.model, spec(blip))
+    assert snapshot(vlm.model) == before and support("agla", family).needs == {"matcher": "self"}
+
+
+def test_videos(blip, reading):
+    vlm = build("qwen3_vl")
+    with vlmfast.patch(vlm.model, spec(blip)), pytest.raises(NotImplementedError, match="does not work on videos"):
+        vlm.model.generate(**vlm.prompts([[3, "A", 2]]), max_new_tokens=2)
+    with vlmfast.patch(vlm.model, "agla:matcher=self"):
+        vlm.model.generate(**vlm.prompts([[3, "A", 2]]), max_new_tokens=2)
+
+
+# --- the model's own attention ----------------------------------------------------------------------------------
+
+
+def attended(vlm: Any, rows: list[list[Any]], number: int, layer: int) -> list[Tensor]:
+    """What the last token of a prompt attends to in each of its pictures, mean over heads, from the full map."""
+    inputs = vlm.prompts(rows, only=number)
+    maps: dict[int, Tensor] = {}
+
+    def see(at: int, shown: Tensor, hidden: Tensor) -> Tensor:
+        maps[at] = shown
+        return shown
+
+    with full_maps(vlm.model, see), torch.no_grad():
+        vlm.model(**inputs)
+    row = maps[layer][0, :, -1].mean(0)
+    seen = row[torch.isin(inputs["input_ids"][0], torch.tensor(PLACEHOLDERS))]
+    spans = [
+        len([i for i in vlm.picture(part).ids if i in PLACEHOLDERS]) for part in rows[number] if part in vlm.cache
+    ]
+    return list(seen.split(spans))
+
+
+class Chosen(Pruner):
+    """Keeps what a test says, picture by picture."""
+
+    name = "chosen"
+    kept: list[Tensor] = []  # noqa: RUF012
+
+    def select(self, visual: Any) -> Tensor:
+        return self.kept.pop(0)
+
+
+@pytest.mark.parametrize("family, layer", [("llava", 1), ("qwen2_5_vl", 1), ("qwen3_vl", 2), ("mistral3", 1)])
+def test_the_models_own_attention(family, layer):
+    """The second prompt is the one that a pruner would leave which keeps the most attended tokens."""
+    vlm, rows, count = build(family), ROWS, 4
+    inputs, how = vlm.prompts(rows), {"max_new_tokens": count, "do_sample": False}
+    plain, before = vlm.model.generate(**inputs, **how), snapshot(vlm.model)
+    with vlmfast.patch(vlm.model, f"agla:alpha={ALPHA},beta={BETA},matcher=self,part=0.25") as handle:
+        found = vlm.model.generate(**inputs, **how)
+        beams = vlm.model.generate(**inputs, max_new_tokens=count, do_sample=False, num_beams=2)
+        again = vlm.model.generate(**inputs, **how)
+        chunks = vlm.model.generate(**vlm.prompts(rows, only=0), **how, prefill_chunk_size=5)
+        assert any("not the paper's" in note for note in handle.report().notes)
+    assert snapshot(vlm.model) == before and torch.equal(found, again) and len(beams) == len(found)
+    assert torch.equal(found[2], plain[2]) and not torch.equal(found[:2], plain[:2])
+    for number in range(2):
+        seen = attended(vlm, rows, number, layer)
+        kept = [one.argsort(descending=True)[: max(1, round(len(one) / 4))] for one in seen]
+        alone, tokens = vlm.prompts(rows, only=number), []
+        for _ in range(count):
+            own = forbid(next_logits(vlm.model, alone, tokens))
+            Chosen.kept = [one.sort().values for one in kept]
+            with vlmfast.patch(vlm.model, Chosen(keep=0.25)):
+                branch = next_logits(vlm.model, alone, tokens)
+            scores = own + ALPHA * branch
+            scores[own < math.log(BETA) + own.max()] = -math.inf
+            tokens.append(int(scores.argmax()))
+        assert found[number, -count:].tolist() == tokens
+        if number == 0:
+            assert chunks[0, -count:].tolist() == tokens
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_the_models_own_attention_on_every_family(family):
+    """Rows of a batch as if alone; all tokens are the prompt itself."""
+    vlm = build(family)
+    inputs, how = vlm.prompts(ROWS), {"max_new_tokens": 3, "do_sample": False}
+    scores = {"output_scores": True, "return_dict_in_generate": True}
+    plain = vlm.model.generate(**inputs, **how, **scores).scores[0]
+    with vlmfast.patch(vlm.model, "agla:alpha=1,beta=0,matcher=self,part=0.3"):
+        found = vlm.model.generate(**inputs, **how, **scores)
+        for row in range(3):
+            alone = vlm.model.generate(**vlm.prompts(ROWS, only=row), **how)
+            assert torch.equal(alone[0, -3:], found.sequences[row, -3:])
+    twice = (2 * plain[:2]).log_softmax(-1)
+    seen = twice.isfinite()
+    assert (found.scores[0][:2][seen] - twice[seen]).abs().max() > 0.05
+    with vlmfast.patch(vlm.model, "agla:alpha=1,beta=0,matcher=self,part=1.0"):
+        whole = vlm.model.generate(**inputs, **how, **scores).scores[0][:2]
+    torch.testing.assert_close(whole[seen], twice[seen], rtol=1e-3, atol=1e-3)
+
+
+def test_own_attention_in_a_further_turn(vlm):
+    """The first picture stays as it was seen in its own turn."""
+    inputs, how = vlm.prompts([[3, "a", 4]]), {"max_new_tokens": 3, "do_sample": False}
+    with vlmfast.patch(vlm.model, "agla:matcher=self,part=0.3,beta=0.01"):
+        first = vlm.model.generate(**inputs, **how, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.tensor([[5, 6]])], dim=1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        second = vlm.model.generate(**given, **how, past_key_values=first.past_key_values)
+    assert second.shape[1] == ids.shape[1] + 3
+
+
+def test_own_attention_is_not_for_pruned_prompts(vlm):
+    before = snapshot(vlm.model)
+    for other in ("hiprune:keep=0.5", "fastv:keep=0.5,layer=1"):
+        with pytest.raises(NotImplementedError, match="choose one"):
+            vlmfast.patch(vlm.model, f"{other}+agla:matcher=self")
+    with pytest.raises(ValueError, match="chooses the second prompt's tokens already"):
+        AGLA(matcher="self", branch="hiprune/keep=0.3")
+    with pytest.raises(ValueError, match="part"):
+        AGLA(matcher="self", part=0)
+    assert snapshot(vlm.model) == before
+
+
+def test_a_pruned_branch(vlm, blip, reading):
+    """The masked picture is cut before it enters the language model."""
+    inputs, how = vlm.prompts([[3, "a", 4]]), {"max_new_tokens": 4, "do_sample": False}
+    matcher = Matcher(str(blip), LAYER, torch.device("cpu"))
+    other = local(matcher, vlm, [[3, "a", 4]], 0)
+    alone, tokens = vlm.prompts([[3, "a", 4]], only=0), []
+    for _ in range(4):
+        own = forbid(next_logits(vlm.model, alone, tokens))
+        with vlmfast.patch(vlm.model, "divprune:keep=0.3"):
+            branch = next_logits(vlm.model, other, tokens)
+        scores = (own + ALPHA * branch).masked_fill(own < math.log(BETA) + own.max(), -math.inf)
+        tokens.append(int(scores.argmax()))
+    with vlmfast.patch(vlm.model, spec(blip, branch="divprune/keep=0.3")):
+        assert vlm.model.generate(**inputs, **how)[0, -4:].tolist() == tokens
+
+
+def test_what_it_costs(vlm):
+    """Both ways, until the first token; the matcher itself is left out."""
+    config = vlm.model.config
+    picture = nominal(config)
+    plain = cost_of(config, (), 20, [picture])
+    everything = plain.total_prefill
+    assert cost_of(config, from_spec("agla"), 20, [picture]).selection == everything
+    part = cost_of(config, from_spec("agla:matcher=self,part=0.25"), 20, [picture]).selection
+    assert plain.head < part < plain.prefill + plain.head
+    assert cost_of(config, from_spec("agla:alpha=0,beta=0"), 20, [picture]).selection == 0

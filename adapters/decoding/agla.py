@@ -43,6 +43,7 @@ from vlmfast.adapters.decoding.base import Decoding, number, pruner_of
 from vlmfast.branch_pictures import Attended, AttendedDoor, Glance, PicturesDoor, Scene, branch_flops, prompt_flops
 from vlmfast.branches import plausible
 from vlmfast.decoders import Attention, Sizes
+from vlmfast.families import Family
 from vlmfast.layers.cache import window_of
 from vlmfast.matching import Matcher, check_folder
 from vlmfast.patching import Patch
@@ -135,8 +136,6 @@ class LocalBranch:
         assert pixels is not None
         if scene.modality != "image":
             raise NotImplementedError(f"agla does not work on {scene.modality}s: the matcher compares images and text")
-        if pixels.ndim not in (2, 3):
-            raise NotImplementedError("agla needs pictures in one piece: matcher=self works on pictures in several")
         self.reader.load()
         assert self.reader.matcher is not None
         grid, packed = scene.visual.patches, pixels.ndim == 2
@@ -209,6 +208,20 @@ class AGLA(Decoding):
             raise ValueError(f"part={self.part!r}: a share in (0, 1] of the visual tokens, for matcher=self")
         if pruner_of(self.branch) is not None and self.matcher == SELF:
             raise ValueError(f"branch={self.branch!r}: matcher=self chooses the second prompt's tokens already")
+
+    @classmethod
+    def needs(cls, family: Family) -> dict[str, Any]:
+        """The model's own attention, where a picture may come in several pieces."""
+        return {"matcher": SELF} if family.crops or family.tiles else {}
+
+    def check(self, family: Family) -> None:
+        """Raise NotImplementedError where the matcher cannot see a picture as a whole."""
+        super().check(family)
+        if self.matcher != SELF and not self.neutral and self.needs(family):
+            raise NotImplementedError(
+                f"agla: the matcher sees pictures in one piece, and {family.name} cuts them; agla:matcher=self goes "
+                "by the model's own attention instead"
+            )
 
     @property
     def neutral(self) -> bool:

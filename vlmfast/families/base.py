@@ -69,10 +69,10 @@ class Family:
     attention module. positions: what the authors' codes do with position ids of kept tokens. mrope: positions have
     three axes. tower: config -> Tower. vision: (config, patch grid) -> cost of the vision side. sources: "image" and,
     where the family takes them, "video". cls: the stock tower has a CLS token (`Tower.has_cls` is what holds for a
-    config). crops: an image may come as a thumbnail and crops of its own. first_position: position of the first token
-    of a prompt. deepstack: features are added after the first decoder layers, too. hybrid: most decoder layers have no
-    attention but one state for all tokens. projector: path to a module that
-    maps tower features to visual tokens one by one, None where there is none such. nominal: (config, "image" or
+    config). crops: an image may come as a thumbnail and crops of its own. tiles: all tiles of a sample are one picture
+    (see vlmfast.families.idefics). first_position: position of the first token of a prompt. deepstack: features are
+    added after the first decoder layers, too. hybrid: most decoder layers have no attention but one state for all
+    tokens. projector: path to a module that maps tower features to visual tokens one by one, None where there is none such. nominal: (config, "image" or
     "video") -> sizes of a usual picture, for solving `keep`; None: see vlmfast.solving.
     """
 
@@ -86,6 +86,7 @@ class Family:
     sources: Mapping[str, Source]
     cls: bool = False
     crops: bool = False
+    tiles: bool = False
     first_position: int = 0
     deepstack: bool = False
     hybrid: bool = False

@@ -103,6 +103,7 @@ def _family(name: str) -> Family:
         tower=_tower,
         vision=_vision,
         sources={"image": Source(layout=_layout)},
+        tiles=True,
         nominal=_nominal,
     )
 

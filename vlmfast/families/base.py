@@ -72,8 +72,9 @@ class Family:
     config). crops: an image may come as a thumbnail and crops of its own. tiles: all tiles of a sample are one picture
     (see vlmfast.families.idefics). first_position: position of the first token of a prompt. deepstack: features are
     added after the first decoder layers, too. hybrid: most decoder layers have no attention but one state for all
-    tokens. projector: path to a module that maps tower features to visual tokens one by one, None where there is none such. nominal: (config, "image" or
-    "video") -> sizes of a usual picture, for solving `keep`; None: see vlmfast.solving.
+    tokens. projector: path to a module that maps tower features to visual tokens one by one, None where there is none
+    such. nominal: (config, "image" or "video") -> sizes of a usual picture, for solving `keep`; None: see
+    vlmfast.solving.
     """
 
     name: str

@@ -142,6 +142,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "testbed": tuple(f"testbed:{name}" for name in testbed.MODELS),
     "pruning": (*(f"testbed:{name}" for name in testbed.MODELS), "llava-0.5b", "qwen2.5-vl"),
     "attention": ("llava-0.5b", "llava-0.5b-1296"),
+    "decoding": ("testbed:llava", "llava-0.5b"),
     "all": (*(f"testbed:{name}" for name in testbed.MODELS), "llava-0.5b", "llava-0.5b-1296", "qwen2.5-vl"),
 }
 

@@ -4,9 +4,11 @@ python scripts/bench.py --model small
 python scripts/bench.py --model all --repeats 5 --out results/bench.json
 python scripts/bench.py --model llava-0.5b --method hiprune:keep=0.2 --device cuda --dtype bfloat16
 python scripts/bench.py --model attention --repeats 5 --out results/bench-attention.json
+python scripts/bench.py --model decoding --out results/bench-decoding.json
 
 Methods that edit attention and do nothing else are measured apart: the language model alone, over the unpatched one,
-beside eager attention and the same method on full maps.
+beside eager attention and the same method on full maps. So are methods that decide on tokens: whole calls of generate,
+over unpatched ones with as many beams.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from vlmfast.eval.bench import GROUPS, SHAPES, bench, print_table, write_rows
+from vlmfast.eval.bench_decoding import bench_decoding, decodes, print_decoding
 from vlmfast.eval.bench_edits import bench_edits, edits_only, print_edits
 
 METHODS = (
@@ -37,16 +40,35 @@ EDITS = (
     "vhr",
     "zerotuning",
 )
+# Models with random weights have no processor, and AGLA no question to ask a matcher: the model's own attention.
+DECODING = (
+    "none",
+    "dola",
+    "deco",
+    "only",
+    "vista",
+    "vcd",
+    "vcd:branch=fastervlm/keep=0.1",
+    "m3id",
+    "agla:matcher=self",
+    "pai",
+    "paint",
+    "opera",
+)
 
 
-def plan(group: str, model: str, named: list[str] | None) -> tuple[list[str], list[str]]:
-    """(specs measured whole, specs of attention edits) for a model of a group, or one named by itself."""
+def plan(group: str, model: str, named: list[str] | None) -> tuple[list[str], list[str], list[str]]:
+    """(specs measured whole, attention edits, decoding methods) for a model of a group, or one named by itself."""
     if named is not None:
-        edits = [spec for spec in named if edits_only(spec)]
-        return [spec for spec in named if spec not in edits], (["none"] if "none" in named and edits else []) + edits
+        kinds = [[spec for spec in named if kind(spec)] for kind in (edits_only, decodes)]
+        whole = [spec for spec in named if not any(spec in kind for kind in kinds)]
+        edits, decoding = [(["none"] if "none" in named and kind else []) + kind for kind in kinds]
+        return whole, edits, decoding
+    if group == "decoding":
+        return [], [], list(DECODING)
     edited = group == "attention" or model in GROUPS["attention"] and (group == "all" or model not in GROUPS["all"])
     whole = group != "attention" and (model in GROUPS["pruning"] or model not in GROUPS["attention"])
-    return list(METHODS) if whole else [], list(EDITS) if edited else []
+    return list(METHODS) if whole else [], list(EDITS) if edited else [], []
 
 
 def main() -> int:
@@ -60,7 +82,8 @@ def main() -> int:
         "--method",
         action="append",
         metavar="SPEC",
-        help=f"repeatable; default: {' '.join(METHODS)}; for group attention: {' '.join(EDITS)}",
+        help=f"repeatable; default: {' '.join(METHODS)}; for group attention: {' '.join(EDITS)}; for group "
+        f"decoding: {' '.join(DECODING)}",
     )
     parser.add_argument("--repeats", type=int, help="rounds; default: 5, for the small models 30")
     parser.add_argument(
@@ -70,18 +93,19 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or float16 (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"), help="JSON file (%(default)s)")
     options = parser.parse_args()
-    console, whole, edited = Console(), list[dict[str, Any]](), list[dict[str, Any]]()
+    console, whole, edited, decoded = Console(), *(list[dict[str, Any]]() for _ in range(3))
     try:
         for name in GROUPS.get(options.model, (options.model,)):
             small = name == "small" or name.startswith("testbed:")
             repeats = options.repeats if options.repeats is not None else 30 if small else 5
             how = {"repeats": repeats, "threads": options.threads, "device": options.device, "dtype": options.dtype}
-            specs, edits = plan(options.model, name, options.method)
+            specs, edits, decoding = plan(options.model, name, options.method)
             console.print(f"measuring {name}, {repeats} rounds ...")
             whole += bench(name, specs, **how) if specs else []
             edited += bench_edits(name, edits, **how) if edits else []
+            decoded += bench_decoding(name, decoding, **how) if decoding else []
             # After every model: an interrupted run loses one at most.
-            write_rows(options.out, [*whole, *edited], options.device)
+            write_rows(options.out, [*whole, *edited, *decoded], options.device)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,6 +113,8 @@ def main() -> int:
         print_table(whole, console)
     if edited:
         print_edits(edited, console)
+    if decoded:
+        print_decoding(decoded, console)
     console.print(f"written to {options.out}")
     return 0
 

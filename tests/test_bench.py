@@ -481,12 +481,12 @@ def test_script_measures_edits_apart(monkeypatch, tmp_path, capsys):
 def test_script_knows_what_to_measure_by_default():
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "bench.py"))
     plan, whole, edits = script["plan"], list(script["METHODS"]), list(script["EDITS"])
-    assert plan("all", "llava-0.5b", None) == (whole, edits)
-    assert plan("all", "llava-0.5b-1296", None) == ([], edits)
-    assert plan("all", "qwen2.5-vl", None) == plan("small", "small", None) == (whole, [])
-    assert plan("attention", "llava-0.5b", None) == ([], edits)
-    assert plan("pruning", "llava-0.5b", None) == plan("llava-0.5b", "llava-0.5b", None) == (whole, [])
-    assert plan("small", "small", ["none"]) == (["none"], [])
+    assert plan("all", "llava-0.5b", None) == (whole, edits, [])
+    assert plan("all", "llava-0.5b-1296", None) == ([], edits, [])
+    assert plan("all", "qwen2.5-vl", None) == plan("small", "small", None) == (whole, [], [])
+    assert plan("attention", "llava-0.5b", None) == ([], edits, [])
+    assert plan("pruning", "llava-0.5b", None) == plan("llava-0.5b", "llava-0.5b", None) == (whole, [], [])
+    assert plan("small", "small", ["none"]) == (["none"], [], [])
     edits_only = bench_edits_module.edits_only
     assert not edits_only("pai:gamma=1.1") and not edits_only("random:keep=0.5+zerotuning") and not edits_only("none")
     for spec in (*whole, *edits):

@@ -413,14 +413,16 @@ driver.set_active(Absent())
 launch.Job.start = start
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
     for width in (64, 80, 128, 256):
-        for n_query in (1, 300):
+        for n_query in (1, 300) if dtype == torch.float16 else (300,):
+            if dtype == torch.bfloat16 and width != 128:  # cut as fp16
+                continue
             query = torch.empty(2, n_query, 8, width, dtype=dtype).transpose(1, 2)
             key = torch.empty(2, 300, 4, width, dtype=dtype).transpose(1, 2)
             keys, places = torch.ones(2, 300, dtype=torch.bool), torch.arange(n_query)
             classes = torch.ones(3, 2, 1, 300, dtype=torch.bool)
             everything = {"keys": keys, "places": places, "window": 64}
             masks = ({}, everything, {"mask": torch.ones(2, 1, n_query, 300, dtype=torch.bool)})
-            for seen in masks[1:2] if dtype == torch.bfloat16 else masks:
+            for seen in masks if n_query > 1 else masks[1:2]:
                 launch.column_sums(query, key, 0.1, rows=torch.ones(2, n_query, dtype=torch.bool), **seen)
                 launch.with_lse(query, key, key, 0.1, **seen)
                 launch.redistribute(query, key, key, classes, lambda masses: masses, 0.1, **seen)
@@ -428,9 +430,12 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90, 120])
-def test_programs_compile_for_devices_that_are_not_here(capability):
-    """Down to machine code, with no more shared memory than any device has, and next to no registers spilled."""
+@pytest.mark.parametrize(("capability", "shared"), [(80, 99), (90, 227), (120, 99)])
+def test_programs_compile_for_devices_that_are_not_here(capability, shared):
+    """Down to machine code, with the shared memory (KiB) that such devices have, and next to no registers spilled.
+
+    8.0 stands for its smaller relatives 8.6 and 8.9 too, which run the same code.
+    """
     tools = pytest.importorskip("triton").__path__[0]
     if not (Path(tools) / "backends" / "nvidia" / "bin" / "cuobjdump").exists():
         pytest.skip("this Triton has no CUDA tools")
@@ -446,4 +451,4 @@ def test_programs_compile_for_devices_that_are_not_here(capability):
     found = [re.match(r"(\w+) (\d+) (\d+) ", line) for line in done.stdout.splitlines()]
     assert {one.group(1) for one in found} == {"row_sums", "column_sums", "attend", "weigh"}
     for one in found:
-        assert int(one.group(2)) <= 99 * 1024 and int(one.group(3)) <= 128, one.string
+        assert int(one.group(2)) <= shared * 1024 and int(one.group(3)) <= 128, one.string

@@ -40,8 +40,8 @@ class Size:
         return {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# By width of a head, padded. fp32 is multiplied without tensor cores, from registers. Chosen so that registers do and
-# shared memory stays below 99 KiB, what the smallest devices have (tests/test_kernels.py compiles them all).
+# By width of a head, padded. fp32 is multiplied without tensor cores, from registers. Chosen so that registers suffice,
+# and shared memory on every device (tests/test_kernels.py compiles them all for three).
 HALF_SIZES = {64: Size(128, 64, 8, 3), 128: Size(128, 32, 8, 3), 256: Size(64, 32, 8, 2)}
 FULL_SIZES = {64: Size(32, 16, 8, 2), 128: Size(32, 16, 8, 2), 256: Size(16, 16, 8, 1)}
 COLUMN_SIZES = {64: Size(64, 64, 4, 3), 128: Size(64, 64, 4, 2), 256: Size(32, 64, 8, 2)}
@@ -270,8 +270,8 @@ def redistribute(
     """Attention whose probabilities are multiplied by a factor of the key's class. -> [B, H, Q, d']
 
     classes: bool [C, B or 1, H or 1, K], disjoint, C <= kernels.MOST_CLASSES. factors: masses [B, H, Q, C] -> factors.
-    Two passes: the classes' masses, then sum_c f_c m_c O_c as one weighted sum. Outputs by class, which would take C + 1
-    accumulators or passes over the values, are never made.
+    Two passes: the classes' masses, then sum_c f_c m_c O_c as one weighted sum. Outputs by class, which would take
+    C + 1 accumulators or passes over the values, are never made.
     """
     job = Job(query, key, scaling, mask, keys, places, window, classes)
     lse, masses = job.row_sums(len(classes))

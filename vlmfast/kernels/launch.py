@@ -40,7 +40,7 @@ class Size:
         return {"BM": self.queries, "BN": self.keys, "num_warps": self.warps, "num_stages": self.stages}
 
 
-# By width of a head, padded. fp32 is multiplied without tensor cores, from registers. Chosen so that registers suffice,
+# By padded width of a head. fp32 is multiplied without tensor cores, from registers. Chosen so that registers suffice,
 # and shared memory on every device (tests/test_kernels.py compiles them all for three).
 HALF_SIZES = {64: Size(128, 64, 8, 3), 128: Size(128, 32, 8, 3), 256: Size(64, 32, 8, 2)}
 FULL_SIZES = {64: Size(32, 16, 8, 2), 128: Size(32, 16, 8, 2), 256: Size(16, 16, 8, 1)}

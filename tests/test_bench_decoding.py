@@ -174,3 +174,19 @@ def test_group():
     assert {spec.partition(":")[0] for spec in script["DECODING"]} >= {
         name for name, cls in vlmfast.adapters.ADAPTERS.items() if cls.kind == "decoding"
     }
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    """Specs of both kinds in one call: each measured in its way, all in one file."""
+    from vlmfast.__main__ import main
+
+    monkeypatch.setitem(SHAPES, "tiny-llava", TINY["tiny-llava"])
+    out = tmp_path / "bench.json"
+    options = ["--model", "tiny-llava", "--repeats", "1", "--device", "cpu", "--out", str(out)]
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", *options, "--method", "opera", "--method", "random:keep=0.5"])
+    assert exit_.value.code == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row.get("kind"), row["spec"]) for row in rows] == [(None, "random:keep=0.5"), ("decoding", "opera")]
+    printed = capsys.readouterr().out
+    assert "efficiency" in printed and "with as many beams" in printed

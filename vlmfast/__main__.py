@@ -369,12 +369,24 @@ def bench(
 ) -> None:
     """Measure speed and memory against the unpatched model.
 
-    Everything in one process and in turns, so that the ratios hold on a busy machine, too.
+    Everything in one process and in turns, so that the ratios hold on a busy machine, too. Methods that decide on
+    tokens have a table of their own.
     """
     from vlmfast.eval import bench as benchmark
+    from vlmfast.eval import bench_decoding as decoding
 
-    settings: dict[str, Any] = {"repeats": repeats, "threads": threads, "dtype": dtype, "out": out}
-    benchmark.print_table(benchmark.bench(model, method, device=device or best_device(), **settings))
+    settings: dict[str, Any] = {"repeats": repeats, "threads": threads, "dtype": dtype}
+    settings["device"] = device or best_device()
+    decode = [spec for spec in method if decoding.decodes(spec)]
+    others = [spec for spec in method if spec not in decode]
+    whole = benchmark.bench(model, others, out=out, **settings) if others else []
+    decoded = decoding.bench_decoding(model, decode, **settings) if decode else []
+    if whole:
+        benchmark.print_table(whole)
+    if decoded:
+        decoding.print_decoding(decoded)
+    if decoded and out is not None:
+        benchmark.write_rows(out, [*whole, *decoded], settings["device"])
 
 
 @app.command(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vlmfast
+from vlmfast import pairing
 from vlmfast.branches import BranchDoor
 from vlmfast.edits.door import EDITS
 from vlmfast.patching import HANDLE
@@ -218,3 +219,30 @@ def test_half_precision_runs():
     vlm.model.to(torch.bfloat16)
     found, steps = generate(vlm, SPEC, True, vlm.prompts(ROWS))
     assert steps == [5, 0] and found.sequences.shape[0] == 3
+
+
+@pytest.mark.parametrize(("rows", "paired"), [([[3, "a", 2]], 2), ([[3, "a", 2], [4]], 3), (ROWS, 5)])
+def test_few_rows_of_large_weights(fresh, monkeypatch, rows, paired):
+    """The product turned round: with a bias and without, for two rows and for three, in paired steps alone."""
+    monkeypatch.setattr(pairing, "LARGE", 1)
+    vlm = fresh("qwen2_5_vl")  # q, k, v have a bias
+    inputs = vlm.prompts(rows)
+    expected, _ = generate(vlm, SPEC, False, inputs)
+    calls: list[int] = []
+
+    def counted(call: Any) -> Any:
+        return lambda x: (calls.append(len(x)), call(x))[1]
+
+    with vlmfast.patch(vlm.model, SPEC):
+        linears = [one for one in vlm.model.modules() if isinstance(getattr(one, "forward", None), pairing.Turned)]
+        for one in linears:
+            one.forward.original = counted(one.forward.original)
+        how = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+        found = vlm.model.generate(**inputs, **how)
+        assert len(linears) == 3 * 7 + 1 and door_of(vlm.model).steps == [5, 0]
+        paired_calls = 0 if paired in pairing.FEW else 5 * len(linears)
+        assert len(calls) == 2 * len(linears) + paired_calls
+        vlm.model(**inputs)
+        assert len(calls) == 3 * len(linears) + paired_calls, "a direct call"
+    same(found, expected)
+    assert not any("forward" in vars(one) for one in vlm.model.modules())

@@ -272,7 +272,7 @@ class Generate:
         try:
             output = self.original(**given, logits_processor=LogitsProcessorList([*processors, branch]))
         finally:
-            self.door.running = before
+            self.door.running, self.door.pairing.few = before, 0
         for cache in (given.get("past_key_values"), getattr(output, "past_key_values", None)):
             self.door.end(pictures, cache)
         return output

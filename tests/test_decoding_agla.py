@@ -304,6 +304,21 @@ def test_a_model_with_its_own_processor(name, blip):
     assert image.shape == original.shape and (image - original).abs().max() < 0.02
 
 
+def test_a_question_in_front_of_the_picture(vlm, blip, monkeypatch):
+    """Behind it there is what the template puts there, and no words: all text is the question then."""
+    texts = []
+    monkeypatch.setattr(Matcher, "keep", lambda self, image, text: texts.append(text) or torch.ones(SIDE, SIDE) > 0)
+    decode = lambda ids, skip_special_tokens: ".." if len(ids) == 1 else WORDS[len(ids) % len(WORDS)]  # noqa: E731
+    pictures = SimpleNamespace(image_mean=list(MEAN), image_std=list(STD))
+    fake = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode), image_processor=pictures)
+    monkeypatch.setattr(Reader, "_processor", lambda self: fake)
+    with vlmfast.patch(vlm.model, spec(blip)):
+        vlm.model.generate(**vlm.prompts([[5, "a", 1], [3, "b", 4]]), max_new_tokens=1)
+        assert texts == [WORDS[6], WORDS[4]]
+        with pytest.raises(ValueError, match="no words"):
+            vlm.model.generate(**vlm.prompts([["a", 1]]), max_new_tokens=1)
+
+
 def test_neutral_and_specs(vlm, blip):
     with vlmfast.patch(vlm.model, "none"):
         bare = snapshot(vlm.model)

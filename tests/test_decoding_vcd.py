@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import zlib
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def test_the_contrasts_in_plain_loops():
             fading = M3ID(rate=RATE, beta=BETA).combine(own, other, step)[row]
             torch.testing.assert_close(fading, expected, rtol=1e-5, atol=1e-5)
     assert not VCD(beta=0.0).combine(own, other)[1:].isinf().any()
+    assert VCD(beta=1.0).combine(own, other).isfinite().sum(1).tolist() == [1, 1, 1], "at the cutoff a token stays"
     late = M3ID(beta=0.0).combine(own, other, 10**6)
     assert not late.isnan().any() and late.isinf().sum() == 1, "ever more, but numbers"
 
@@ -327,6 +329,18 @@ def test_a_further_turn(vlm):
         assert torch.equal(found, vlm.model.generate(**given, **how)), "a third one"
 
 
+def test_a_copy_is_patched_by_itself(vlm):
+    inputs, how = vlm.prompts(ROWS), {"max_new_tokens": 4, "do_sample": False}
+    plain = vlm.model.generate(**inputs, **how)
+    with vlmfast.patch(vlm.model, f"{SPEC},branch=divprune/keep=0.3"):
+        expected = vlm.model.generate(**inputs, **how)
+        twin = copy.deepcopy(vlm.model)
+    assert torch.equal(twin.generate(**inputs, **how), expected) and not torch.equal(plain, expected)
+    vlmfast.unpatch(twin)
+    assert torch.equal(twin.generate(**inputs, **how), plain)
+    assert torch.equal(vlm.model.generate(**inputs, **how), plain)
+
+
 def test_direct_calls_and_training_are_plain(vlm):
     inputs = vlm.prompts(ROWS)
     labels = inputs["input_ids"].masked_fill(torch.isin(inputs["input_ids"], torch.tensor(PLACEHOLDERS)), -100)
@@ -475,8 +489,11 @@ def test_a_branch_that_the_tower_cannot_serve():
     with pytest.raises(NotImplementedError, match="needs a CLS token"):
         vlmfast.patch(vlm.model, "vcd:branch=fastervlm/keep=0.3")
     assert snapshot(vlm.model) == before
-    with vlmfast.patch(vlm.model, "vcd:branch=fastervlm/keep=0.3/fallback=received"):
+    with vlmfast.patch(vlm.model, "vcd:branch=fastervlm/keep=0.3/fallback=received") as handle:
         vlm.model.generate(**vlm.prompts(ROWS), max_new_tokens=2)
+        notes = handle.report().notes
+    assert any("pruned by fastervlm/keep=0.3" in note for note in notes)
+    assert any("its branch: fastervlm: no CLS in this tower" in note for note in notes)
 
 
 def test_what_a_branch_costs(vlm):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ from vlmfast.families import Positions, Source, Tower
 from vlmfast.generating import DONE
 from vlmfast.inputs import KINDS, Door, Everything, Rewriter
 from vlmfast.layers.tokens import PROMPT
-from vlmfast.patching import HANDLE, Patch, shallow
+from vlmfast.patching import HANDLE, Patch, Report, shallow
 from vlmfast.rewriting import following, present, rows_of_images
 from vlmfast.towers import Picture
 from vlmfast.visual import Choice, Score, VisualTokens, budget, top
@@ -45,13 +45,14 @@ class Scene:
     """One picture and the prompt it stands in.
 
     visual: the picture as the prompts have it. modality: "image" or "video". question: [T] ids of the text behind the
-    prompt's last picture, or of all its text where none follows. row: of the running `generate`. before: placeholders
-    of its prompt that stand before its own.
+    prompt's last picture; text: [n] of all its text. row: of the running `generate`. before: placeholders of its
+    prompt that stand before its own.
     """
 
     visual: VisualTokens
     modality: str
     question: Tensor
+    text: Tensor
     row: int
     before: int
 
@@ -102,7 +103,7 @@ class PicturesDoor(BranchDoor):
     def __init__(self, patch: Patch, branch: Redrawing, pruner: Pruning | None = None) -> None:
         super().__init__(patch, branch)
         doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, Door)]
-        self.intercepted = bool(doors)
+        self.intercepted, self.pruner = bool(doors), pruner
         self.rewriter: Rewriter
         if pruner is not None:
             self.rewriter = Rewriter(patch, pruner, pruner.positions)
@@ -114,9 +115,15 @@ class PicturesDoor(BranchDoor):
             standing = getattr(patch.base, source.encode)
             plain = standing if isinstance(standing, PictureEncoder) else PictureEncoder(patch, name, [])
             self.encoders[name] = self.redrawers[name] = plain
-            if pruner is not None:
+            if pruner is not None:  # around the other one, which hands on what it is asked for
                 wanted = list(dict.fromkeys(self.rewriter.wanted.values()))
                 self.redrawers[name] = PictureEncoder(patch, name, wanted)
+
+    def report(self, report: Report) -> Report:
+        """Say that there is a branch, and what its own pruner has to say."""
+        report = super().report(report)
+        said = getattr(self.pruner, "notes", lambda tower: ())(self.patch.tower)
+        return replace(report, notes=(*report.notes, *(f"{self.branch.name}, its branch: {note}" for note in said)))
 
     # --- before generate -----------------------------------------------------------------------------------------
 
@@ -244,8 +251,11 @@ class PicturesDoor(BranchDoor):
                     stop = start + one.visual.span
                     if one.redrawn is None:
                         visual = prompts.visual[place]
-                        question, before = ids[_question(real, visual)], int(visual[: columns[start]].sum())
-                        found = self.branch.redraw(Scene(one.visual, name, question, int(prompts.rows[place]), before))
+                        behind, before = _behind(visual), int(visual[: columns[start]].sum())
+                        text = real & ~visual
+                        found = self.branch.redraw(
+                            Scene(one.visual, name, ids[text & behind], ids[text], int(prompts.rows[place]), before)
+                        )
                         if isinstance(found, VisualTokens):
                             one.redrawn = found
                         else:
@@ -272,11 +282,9 @@ class PicturesDoor(BranchDoor):
         return getattr(encode(**arguments, return_dict=True), IMAGES)
 
 
-def _question(real: Tensor, visual: Tensor) -> Tensor:
-    """The text behind the last picture, or all text where none follows. bool [L] each"""
-    text = real & ~visual
-    after = text & (torch.arange(len(real), device=real.device) > int(visual.nonzero().max()))
-    return after if bool(after.any()) else text
+def _behind(visual: Tensor) -> Tensor:
+    """What comes behind the last picture. bool [L] -> bool [L]"""
+    return torch.arange(len(visual), device=visual.device) > int(visual.nonzero().max())
 
 
 def padded(parts: Sequence[Tensor]) -> Tensor:

@@ -45,7 +45,7 @@ from vlmfast.branches import plausible
 from vlmfast.decoders import Attention, Sizes
 from vlmfast.families import Family
 from vlmfast.layers.cache import window_of
-from vlmfast.matching import Matcher, check_folder
+from vlmfast.matching import Matcher, caption, check_folder
 from vlmfast.patching import Patch
 from vlmfast.processors import load_processor
 from vlmfast.towers import Picture
@@ -107,9 +107,13 @@ class Reader:
             raise ValueError(f"{wanted}, and {path} has none that can be loaded: {reason} (matcher=self)") from error
         return processor
 
-    def question(self, ids: Tensor) -> str:
-        """The text of a question."""
-        return question_of(self.processor.tokenizer.decode(ids, skip_special_tokens=True))
+    def question(self, scene: Scene) -> str:
+        """The text behind the prompt's last picture, or all its text where there are no words. ValueError for none."""
+        for ids in (scene.question, scene.text):
+            found = question_of(self.processor.tokenizer.decode(ids, skip_special_tokens=True))
+            if caption(found):
+                return found
+        raise ValueError("agla compares the picture with the question, and this prompt has no words")
 
     def colours(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation that pixel values were normalised with. [3, 1, 1] each"""
@@ -142,7 +146,7 @@ class LocalBranch:
         image = image_of(pixels, grid, self.merge, self.frames) if packed else pixels
         mean, std = (values.to(image.device) for values in self.reader.colours())
         raw = (image.float() * std + mean).clamp(0, 1)
-        keep = self.reader.matcher.keep(raw, self.reader.question(scene.question))
+        keep = self.reader.matcher.keep(raw, self.reader.question(scene))
         here = functional.interpolate(keep[None, None].float(), image.shape[1:], mode="nearest-exact")[0, 0] > 0
         local = torch.where(here.to(image.device), image, (-mean / std).to(image))
         return patches_of(local, grid, self.merge, self.frames) if packed else local

@@ -75,7 +75,12 @@ class NoisyBranch:
     method: VCD
     frames: int
     name: str = "vcd"
-    what: str = "contrasted with the same prompt under noise"
+
+    @property
+    def what(self) -> str:
+        """Contrasted."""
+        pruned = f", pruned by {self.method.branch}" if self.method.branch else ""
+        return f"contrasted with the same prompt under noise{pruned}"
 
     def redraw(self, scene: Scene) -> Tensor:
         """The pixel values of the picture under noise."""

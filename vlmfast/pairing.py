@@ -13,8 +13,8 @@ hidden states of single layers, the branch has a forward of its own: what comes 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmfast.attention import EDIT, tap, tapped_attention
 from vlmfast.conversation import STATE
@@ -68,22 +69,29 @@ class PairedCache(Cache):
 
 @dataclass(frozen=True)
 class Half:
-    """Some rows of a paired forward. masks: by kind of layer or for all. one: what they are to methods that edit."""
+    """Some rows of a paired forward: the prompts', or the branch's, aside of them.
+
+    masks: by kind of layer or for all. one: what they are to methods that edit attention.
+    """
 
     rows: slice
     cache: Cache
     masks: Any
     one: Pass | None
-    beside: Callable[[], AbstractContextManager[None]] = nullcontext
+    aside: bool = False
 
 
 @dataclass(frozen=True)
 class Together:
-    """One forward of two prompts: EDITS among the keyword arguments of the layers. kinds: of each layer."""
+    """One forward of two prompts: EDITS among the keyword arguments of the layers.
+
+    kinds: of each layer. attention: the implementation that the model uses.
+    """
 
     halves: tuple[Half, Half]
     cache: PairedCache
     kinds: Sequence[str] | None
+    attention: Callable[..., Any]
 
     def enter(self, enter: Enter, hidden: Tensor) -> Both | None:
         """The turns of an edited layer, one for each half. hidden: [B + R, 1, D]"""
@@ -122,10 +130,18 @@ class Both:
                 name: one[half.rows] if isinstance(one, Tensor) and one.ndim > 1 and len(one) == len(query) else one
                 for name, one in kwargs.items()
             }
-            if turn is not None:
+            call = (module, query[half.rows], keys, values, masks)
+            if turn is None:
+                outputs.append(self.together.attention(*call, scaling=scaling, dropout=0.0, **more)[0])
+                continue
+            noted = turn.door.noted
+            if half.aside:  # nothing that is noted of it is about the prompts
+                turn.door.noted = {}
+            try:
                 more[EDIT] = turn
-            with nullcontext() if turn is None else half.beside():
-                outputs.append(tapped_attention(module, query[half.rows], keys, values, masks, scaling, **more)[0])
+                outputs.append(tapped_attention(*call, scaling, **more)[0])
+            finally:
+                turn.door.noted = noted
         return torch.cat(outputs)
 
 
@@ -151,6 +167,7 @@ class Pairing:
         if not self.possible:
             return
         tap(patch, attentions)
+        self.eager = getattr(sys.modules[type(attentions[0]).__module__], "eager_attention_forward", None)
         patch.set(patch.model, "prepare_inputs_for_generation", PrepareInputs(self, patch.model))
         patch.hook(self.decoder, self.before_decoder, before=True)
         patch.hook(self.decoder, self.after_decoder)
@@ -223,12 +240,14 @@ class Pairing:
         if one is not None and memory is not None:
             ones = one, Pass(memory, False, more.new_ones(len(rows), 1, dtype=torch.bool), pair.ids[:, -1:])
         cache = PairedCache(pair.cache, running.cache, count)
-        beside = functools.partial(self.door.beside, running.width)
         halves = (
             Half(slice(0, count), pair.cache, masks[0], ones[0]),
-            Half(slice(count, None), running.cache, masks[1], ones[1], beside),
+            Half(slice(count, None), running.cache, masks[1], ones[1], aside=True),
         )
-        together = Together(halves, cache, getattr(self.decoder.config, "layer_types", None))
+        config = self.decoder.config
+        name = config._attn_implementation or "eager"
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, self.eager)
+        together = Together(halves, cache, getattr(config, "layer_types", None), attention)
         positions: Tensor | None = kwargs.get("position_ids")
         if positions is None:
             positions = place.new_full((count, 1), int(pair.cache.get_seq_length()))
@@ -246,7 +265,11 @@ class Pairing:
         """The masks that the decoder would make. given: as it gets them"""
         if isinstance(given, Mapping) or (given is not None and given.ndim == 4):
             return given
-        return create_masks_for_generate(self.decoder.config, embeds, given, cache)
+        config = self.decoder.config
+        windows = getattr(config, "sliding_window", None) is not None
+        if given is None and config._attn_implementation == "sdpa" and not windows:
+            return None  # one row sees all keys
+        return create_masks_for_generate(config, embeds, given, cache)
 
     def after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Hook of the decoder: what it returns is the prompts' cache again."""

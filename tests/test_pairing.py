@@ -133,7 +133,7 @@ def test_windows_and_masks_of_all_forms(fresh, family, eager):
         text.sliding_window = 6
     if eager:
         vlm.model.set_attn_implementation("eager")
-    for rows in (ROWS, [[9, "a", 2]]):
+    for rows in (ROWS, [[9, "a", 2]], [[5], [3, "a"]]):
         inputs = vlm.prompts(rows)
         expected, _ = generate(vlm, SPEC, False, inputs, max_new_tokens=9)
         found, steps = generate(vlm, SPEC, True, inputs, max_new_tokens=9)
@@ -225,7 +225,9 @@ def test_half_precision_runs():
 def test_few_rows_of_large_weights(fresh, monkeypatch, rows, paired):
     """The product turned round: with a bias and without, for two rows and for three, in paired steps alone."""
     monkeypatch.setattr(pairing, "LARGE", 1)
-    vlm = fresh("qwen2_5_vl")  # q, k, v have a bias
+    vlm = fresh("qwen2_5_vl")
+    for one in vlm.model.model.get_decoder().layers:
+        one.self_attn.q_proj.bias.data.normal_()
     inputs = vlm.prompts(rows)
     expected, _ = generate(vlm, SPEC, False, inputs)
     calls: list[int] = []

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import vlmfast
 from vlmfast import pairing
+from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.branches import BranchDoor
 from vlmfast.edits.door import EDITS
 from vlmfast.patching import HANDLE
@@ -97,6 +98,20 @@ def test_beside_other_methods(vlm, spec, way):
     ours, theirs = (getattr(one.past_key_values, EDITS) for one in (found, expected))
     assert torch.equal(ours.visual, theirs.visual) and torch.equal(ours.real, theirs.real)
     torch.testing.assert_close(ours.layers, theirs.layers, rtol=1e-3, atol=1e-3)
+
+
+def test_what_methods_note_is_about_the_prompts(vlm, monkeypatch):
+    edit = ZeroTuning.edit
+
+    def noting(self: ZeroTuning, call: Any) -> Tensor:
+        call.note(f"{len(call.query)} rows")
+        return edit(self, call)
+
+    monkeypatch.setattr(ZeroTuning, "edit", noting)
+    with vlmfast.patch(vlm.model, "zerotuning:gamma=4,layers=0+pai:gamma=2.5,layers=1:") as handle:
+        vlm.model.generate(**vlm.prompts(ROWS), max_new_tokens=4)
+        assert door_of(vlm.model).steps == [3, 0]
+        assert [note for note in handle.report().notes if note.endswith("rows")] == ["3 rows"]
 
 
 def test_the_users_cache_is_that_of_the_prompts(vlm):

@@ -24,6 +24,7 @@ from vlmfast import matching
 from vlmfast.adapters import from_spec, support, to_spec
 from vlmfast.adapters.decoding.agla import AGLA, Reader, image_of, patches_of, question_of
 from vlmfast.adapters.pruning.base import Pruner
+from vlmfast.eval.matching import named
 from vlmfast.eval.models import load_model
 from vlmfast.matching import Matcher, caption, gradcam, kept_pixels, share, smooth
 from vlmfast.solving import cost_of, nominal
@@ -326,6 +327,7 @@ def test_neutral_and_specs(vlm, blip):
         assert snapshot(vlm.model) == bare
     assert to_spec(from_spec(spec(blip))) == spec(blip)
     assert to_spec(from_spec("agla")) == "agla"
+    assert "agla" not in named(["all"], "llava"), "it needs another model"
 
 
 @pytest.mark.parametrize(

@@ -301,8 +301,10 @@ def test_pictures_encoded_before_of_other_families(family):
         assert torch.equal(vlm.model.generate(**inputs, **how, mm_encoder_outputs=encoder_outputs(images)), expected)
 
 
-def test_a_further_turn(vlm):
-    """On the cache of the first one: the branch sees the first turn's pictures, and new ones."""
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "llava_next"])
+def test_a_further_turn(family):
+    """On the cache of the first one: the branch sees the first turn's pictures."""
+    vlm = build(family)
     inputs, how = vlm.prompts([[3, "a", 4], [6, "b", 4]]), {"max_new_tokens": 4, "do_sample": False}
     with vlmfast.patch(vlm.model, SPEC):
         first = vlm.model.generate(**inputs, **how, return_dict_in_generate=True)
@@ -315,6 +317,10 @@ def test_a_further_turn(vlm):
             given[vlm.tiny.types] = torch.nn.functional.pad(inputs[vlm.tiny.types], (0, 7))
         expected = vlm.model.generate(**given, **how)
         cached = {name: given[name] for name in ("input_ids", "attention_mask")}  # its pictures are in the cache
+        scores = {"output_scores": True, "return_dict_in_generate": True}
+        whole = vlm.model.generate(**given, **how, **scores).scores[0]
+        more = vlm.model.generate(**cached, **how, **scores, past_key_values=copy.deepcopy(first.past_key_values))
+        torch.testing.assert_close(more.scores[0], whole, rtol=1e-3, atol=1e-3)
         found = vlm.model.generate(**cached, **how, past_key_values=first.past_key_values)
         assert torch.equal(found, expected)
         again = torch.nn.functional.pad(found, (0, 2), value=8)
@@ -327,6 +333,23 @@ def test_a_further_turn(vlm):
         if vlm.tiny.types is not None:
             given[vlm.tiny.types] = torch.nn.functional.pad(given[vlm.tiny.types], (0, 6))
         assert torch.equal(found, vlm.model.generate(**given, **how)), "a third one"
+
+
+def test_a_new_picture_in_a_further_turn():
+    """Its pixels come alone: the branch has the first one's from the first turn."""
+    vlm = build("llava")
+    how = {"max_new_tokens": 4, "do_sample": False}
+    inputs, later = vlm.prompts([[3, "a", 4]]), vlm.prompts([[2, "b", 3]], seed=1)
+    with vlmfast.patch(vlm.model, SPEC):
+        first = vlm.model.generate(**inputs, **how, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, later["input_ids"]], dim=1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        both = torch.cat([inputs["pixel_values"], later["pixel_values"]])
+        expected = vlm.model.generate(**given, **how, pixel_values=both)
+        found = vlm.model.generate(
+            **given, **how, pixel_values=later["pixel_values"], past_key_values=first.past_key_values
+        )
+    assert torch.equal(found, expected)
 
 
 def test_a_copy_is_patched_by_itself(vlm):

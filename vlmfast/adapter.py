@@ -39,7 +39,7 @@ class Adapter:
     drops: ClassVar[bool] = False  # may drop visual tokens
     foreseeable: ClassVar[bool] = True  # what stays of a picture depends on its size alone
     beams: ClassVar[int] = 1  # `num_beams` for those who generate and have no wish of their own
-    needs_file: ClassVar[bool] = False  # a file that is made for a model first: `needs` names its setting
+    needs_file: ClassVar[bool] = False  # a file made for a model first (`needs` names its setting), or another model
 
     @classmethod
     def settings(cls) -> dict[str, Any]:

@@ -86,9 +86,10 @@ class Shown:
 
 @dataclass
 class Pictures:
-    """The pictures of running prompts, by row and modality."""
+    """The pictures of running prompts, by row and modality. types: [B, L] of tokens, where the model takes such."""
 
     rows: list[dict[str, list[Shown]]] = field(default_factory=list)
+    types: Tensor | None = None
 
     def of(self, name: str, rows: Sequence[int]) -> list[Shown]:
         """Those of one modality, row after row."""
@@ -130,7 +131,10 @@ class PicturesDoor(BranchDoor):
     def begin(self, ids: Tensor, real: Tensor, given: dict[str, Any]) -> Pictures:
         """Encode the pictures, and say which prompt each belongs to. Their pixels leave `given`."""
         before: Pictures | None = getattr(given.get("past_key_values"), SHOWN, None)
-        pictures = Pictures([{} for _ in ids])
+        pictures = Pictures([{} for _ in ids], given.get("token_type_ids"))
+        if pictures.types is None and before is not None and (types := before.types) is not None:
+            types = types.repeat_interleave(len(ids) // len(types), 0)  # as transformers goes on with them:
+            pictures.types = torch.cat([types, types[:, -1:].expand(-1, ids.shape[1] - types.shape[1])], dim=1)
         for name, source in self.patch.family.sources.items():
             found = self._encoded(name, source, given)
             for row, shown in enumerate(pictures.rows):
@@ -217,8 +221,8 @@ class PicturesDoor(BranchDoor):
         else:
             places = (prompts.real.long().cumsum(1) - 1).clamp(min=0)
             call["position_ids"] = places + prompts.first_position
-        if (types := prompts.of("token_type_ids")) is not None:
-            call["token_type_ids"] = types
+        if (types := prompts.pictures.types) is not None:
+            call["token_type_ids"] = types[order].to(prompts.ids.device)
         after = following(call["position_ids"], prompts.real)
         with self._aside():
             call = self.rewriter.rewrite(call, outputs)

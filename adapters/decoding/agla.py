@@ -189,6 +189,7 @@ class AGLA(Decoding):
     name: ClassVar[str] = "agla"
     summary: ClassVar[str] = "joined with the same prompt whose pictures show what the question is about"
     paper: ClassVar[str] = "arXiv:2406.12718"
+    needs_file: ClassVar[bool] = True  # the matcher
 
     alpha: float = 2.0
     beta: float = 0.5

@@ -32,12 +32,14 @@ from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
 from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, sole_writer, write_result
 from vlmfast.eval.tasks import Doc, choose, image
+from vlmfast.eval.tasks import task as task_named
 from vlmfast.solving import cost_of
 from vlmfast.towers import size_of
 from vlmfast.visual import VisualTokens
 
 UNPATCHED = "none"
 SAMPLES = 6  # questions whose answers and kept tokens are stored in the result, for the page
+CAPTIONS = 3  # of which so many captions, or that many more, where captions are asked for
 ENCODE = 16  # pictures in one pass of the vision tower
 REPEATS = 5  # readings of each latency
 PARTS = ("tower", "projector", "selection", "prefill", "head", "decode", "total_prefill", "total", "kv_bytes")
@@ -153,7 +155,9 @@ class Sweep:
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         answers = self.job.answers(spec)
         records = {record["id"]: record for record in answers.read()}
-        whole = [batch for batch in self.batches if all(doc.id in records for doc in batch)]
+        needed = {doc.id for doc in self.samples}  # older files may lack what samples hold
+        known = {name for name, record in records.items() if name not in needed or "indices" in record}
+        whole = [batch for batch in self.batches if all(doc.id in known for doc in batch)]
         records = {doc.id: records[doc.id] for batch in whole for doc in batch}
         answers.start(records.values())
         notify("answered", spec, len(records))
@@ -355,7 +359,7 @@ class Sweep:
         if not edits(spec):
             return None
         spec = to_spec([adapter for adapter in from_spec(spec) if adapter.kind != "decoding"])
-        prompts = [self.prompts.full(self.tasks[doc.task].prompt(doc), image(doc)) for doc in self.samples]
+        prompts = [self.prompts.full(self.tasks[doc.task].prompt(doc), image(doc)) for doc in self.samples[:SAMPLES]]
         return measure_attention(self.model, spec, prompts)
 
     def latency(self, spec: str) -> dict[str, Any]:
@@ -382,7 +386,10 @@ class Sweep:
 
 
 def fixed_samples(docs: Sequence[Doc]) -> list[Doc]:
-    """A few questions, the same in every run: spread over the tasks, each about another picture where possible."""
+    """A few questions, the same in every run: spread over the tasks, each about another picture where possible.
+
+    The first SAMPLES of them do not depend on whether there are captions; behind them come captions that are missing.
+    """
     names = list(dict.fromkeys(doc.task for doc in docs))
     chosen: list[Doc] = []
     for i in range(min(SAMPLES, len(docs))):
@@ -390,7 +397,9 @@ def fixed_samples(docs: Sequence[Doc]) -> list[Doc]:
         left = [doc for doc in docs if doc.task == task and doc not in chosen] or [d for d in docs if d not in chosen]
         seen = {doc.scene for doc in chosen}
         chosen.append(next((doc for doc in left if doc.scene not in seen), left[0]))
-    return chosen
+    captions = [doc for doc in docs if hasattr(task_named(doc.task), "mentions")]
+    missing = CAPTIONS - sum(doc in captions for doc in chosen)
+    return chosen + [doc for doc in captions if doc not in chosen][: max(0, missing)]
 
 
 def failure(run: str, what: str, error: Exception) -> str:

@@ -96,10 +96,10 @@ def test_results_without_it_are_read_and_shown(tmp_path, undrawn):
         assert "attention" not in path.read_text()
     paths = report.make(folder, console=Console(file=io.StringIO()))
     text = paths.page.read_text("utf-8")
-    assert "What the attention did" not in text and "Effect of attention" not in text
+    assert "What the attention did" not in text and "Effect on the answers" not in text
     bare = dataclasses.replace(edited("m", "zerotuning:gamma=3.0"), attention=None)
     text = page.render(arrange([made_up("m", "none"), bare]))
-    assert "What the attention did" not in text and "Effect of attention" in text
+    assert "What the attention did" not in text and "Effect on the answers" in text
 
 
 class TestWhatTheAttentionDid:
@@ -207,7 +207,7 @@ class TestEffect:
         console = Console(file=io.StringIO(), width=124)
         print_tables(arrange(runs), console)
         printed = console.file.getvalue()
-        assert "Effect of attention edits, questions" in printed and "Effect of attention edits, captions" in printed
+        assert "Effect on the answers, existence" in printed and "Effect on the answers, caption" in printed
         for words in ("90.0 +2.0▲", "[+0.5, +3.0]", "10.0 −5.0▲", "[−8.0, −1.0]", "30.0 +5.0▼", "9.5 −1.2"):  # noqa: RUF001
             assert words in printed, words
         assert "…" not in printed and "▲ better and ▼ worse" in printed
@@ -216,7 +216,7 @@ class TestEffect:
         console = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True)
         print_tables(arrange(runs), console)
         printed = console.file.getvalue()
-        effects = printed[printed.index("Effect of attention edits") :]
+        effects = printed[printed.index("Effect on the answers") :]
         assert "…" not in effects and "+2.0▲" in effects and "−5.0▲" in effects  # noqa: RUF001
 
     def test_page_shows_value_difference_and_verdict(self, runs, undrawn):
@@ -226,7 +226,7 @@ class TestEffect:
 
     def test_a_sentence(self, runs):
         (section,) = arrange(runs)
-        assert effect.summary(section).startswith("2 runs edit attention and keep all tokens: 2 better than the")
+        assert effect.summary(section).startswith("2 runs with edited attention, with all tokens: 2 better than the")
         worse = dataclasses.replace(runs[2], macro=compared(0.8, -0.03, -0.05, -0.01))
         unsure = dataclasses.replace(runs[3], macro=compared(0.8, -0.03, -0.05, 0.01))
         (section,) = arrange([runs[0], worse, unsure])

@@ -1,5 +1,6 @@
-"""What editing attention changes in the answers: existence by split, captions by CHAIR, reading."""
+"""What methods change in the answers that keep what is seen: existence by split, captions by CHAIR, reading."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from vlmfast.eval.report import text
@@ -13,12 +14,23 @@ class Column(NamedTuple):
     metric: str
     head: str
     better: int
+    wide: bool = False  # only where there is room
+
+    @property
+    def asked(self) -> str:
+        """The task by a short name: that of a file without its folder and settings."""
+        kind, _, file = self.task.partition(":")
+        return f"{kind} {Path(file.partition(',')[0]).stem}".strip()
 
 
+LIKE = {"pope": "existence", "chair": "caption"}  # tasks over files of the user's have the same metrics
 COLUMNS = (
     Column("existence", "accuracy/random", "random", 1),
     Column("existence", "accuracy/popular", "popular", 1),
     Column("existence", "accuracy/adversarial", "adversarial", 1),
+    Column("existence", "precision", "precision", 1, wide=True),
+    Column("existence", "recall", "recall", 1, wide=True),
+    Column("existence", "f1", "F1", 1, wide=True),
     Column("existence", "yes_ratio", "says yes", 0),
     Column("caption", "chair_i", "CHAIR_i", -1),
     Column("caption", "chair_s", "CHAIR_s", -1),
@@ -27,6 +39,9 @@ COLUMNS = (
     Column("digits", "accuracy", "digits", 1),
     Column("word", "accuracy", "word", 1),
 )
+
+
+DOES = {"attention": "with edited attention", "decoding": "with another decoding"}
 
 
 class Cell(NamedTuple):
@@ -41,14 +56,22 @@ class Cell(NamedTuple):
 
 
 def edited(section: Section) -> list[Row]:
-    """The unpatched run and those that edit attention; empty where there are none of these."""
+    """The unpatched run and those that edit attention or decode otherwise; empty where there are none of these."""
     rows = [row for row in section.rows if row.edits]
     return [*([section.baseline] if section.baseline else []), *rows] if rows else []
 
 
 def columns(section: Section) -> list[Column]:
     """The metrics that any of these runs reports."""
-    return [column for column in COLUMNS if any(cell(row, column) for row in edited(section))]
+    asked = {task.name: task.name.partition(":")[0] for task in section.tasks}
+    found = [
+        column._replace(task=name)
+        for about in dict.fromkeys(column.task for column in COLUMNS)
+        for name, kind in asked.items()
+        for column in COLUMNS
+        if column.task == about == LIKE.get(kind, kind)
+    ]
+    return [column for column in found if any(cell(row, column) for row in edited(section))]
 
 
 def cell(row: Row, column: Column) -> Cell | None:
@@ -74,16 +97,18 @@ def name(row: Row) -> str:
 
 
 def summary(section: Section) -> str:
-    """In a sentence, how many of the runs that edit attention are better or worse than the unpatched model."""
-    differences = [row.difference for row in section.rows if row.edits and row.result.keep is None]
-    known = [difference for difference in differences if difference is not None]
+    """In a sentence, how many of these runs that keep all tokens are better or worse than the unpatched model."""
+    rows = [row for row in section.rows if row.edits and row.result.keep is None and row.difference is not None]
+    known = [row.difference for row in rows if row.difference is not None]
     if not known:
         return ""
     better, worse = sum(one.low > 0 for one in known), sum(one.high < 0 for one in known)
-    runs = "1 run edits" if len(known) == 1 else f"{len(known)} runs edit"
+    kinds = {kind for row in rows for kind in row.kinds}
+    does = [words for kind, words in DOES.items() if kind in kinds]
+    runs = f"{len(known)} run{'s' if len(known) > 1 else ''} {' or '.join(does)}"
     return (
-        f"{runs} attention and keep all tokens: {better} better than the unpatched model on the mean of the tasks, "
-        f"{worse} worse, {len(known) - better - worse} not to be told apart (95 % interval of the paired difference)."
+        f"{runs}, with all tokens: {better} better than the unpatched model on the mean of the tasks, {worse} worse, "
+        f"{len(known) - better - worse} not to be told apart (95 % interval of the paired difference)."
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from vlmfast.eval.report import attention, effect, plot, samples, table, text
+from vlmfast.eval.report import attention, captions, effect, plot, samples, table, text
 from vlmfast.eval.report.frame import across, down
 from vlmfast.eval.report.rows import UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
 
@@ -49,6 +49,7 @@ def render(sections: Sequence[Section]) -> str:
         attention=attention,
         watched=[section for section in sections if attention.measured(section)],
         effect=effect,
+        captioned=captions.gather(shown),
         affected=[section for section in sections if effect.edited(section)],
         metric=text.metric,
         columns=COLUMNS,

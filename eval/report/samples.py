@@ -21,6 +21,7 @@ class Answer:
     columns: int
     rows: int
     kept: int
+    doc: Any  # the task's document, None where it is not at hand
 
     @property
     def total(self) -> int:
@@ -109,6 +110,7 @@ def _answer(row: Row, record: Mapping[str, Any], doc: Any) -> Answer:
         columns=grid[2],
         rows=grid[1],
         kept=len(kept),
+        doc=doc,
     )
 
 

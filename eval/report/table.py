@@ -89,13 +89,13 @@ def per_task(section: Section, *, narrow: bool = False) -> Table:
     return table
 
 
-def of_edits(section: Section, columns: Sequence[effect.Column], title: str, *, narrow: bool = False) -> Table:
-    """What editing attention changes, one row a run: value, paired difference and, unless ``narrow``, its interval."""
-    table = _table(f"Effect of attention edits, {title}", narrow)
+def of_effects(section: Section, columns: Sequence[effect.Column], title: str, *, narrow: bool = False) -> Table:
+    """What methods change in the answers, one row a run: value, difference and, unless ``narrow``, its interval."""
+    table = _table(f"Effect on the answers, {title}", narrow)
     table.columns.pop()  # keep
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for column in columns:
-        table.add_column(f"{column.task}\n{column.head}", justify="right", no_wrap=True)
+        table.add_column(f"{column.task.partition(':')[0]}\n{column.head}", justify="right", no_wrap=True)
     for row in effect.edited(section):
         table.add_row(
             Text(effect.name(row), style="bold" if row.unpatched else ""),
@@ -135,7 +135,7 @@ def notes(section: Section) -> list[str]:
     if any(row.beaten or row.beaten_tasks for row in section.rows):
         lines.append(f"{MARK} random pruning at the same keep scores higher.")
     if effect.edited(section):
-        lines.append("Attention edits: ▲ better and ▼ worse where the interval of the difference excludes zero.")
+        lines.append("Effect on the answers: ▲ better and ▼ worse where the interval of the difference excludes zero.")
     if section.baseline is None:
         lines.append("There is no unpatched run among the results: run vlmfast eval with --method none.")
     return lines
@@ -151,13 +151,13 @@ def _table(title: str, narrow: bool) -> Table:
 
 
 def _effects(section: Section, narrow: bool) -> list[Table]:
-    """The tables of the runs that edit attention: answers in a word, and captions."""
-    shown = effect.columns(section)
-    groups = {
-        "questions": [column for column in shown if column.task != "caption"],
-        "captions": [column for column in shown if column.task == "caption"],
-    }
-    return [of_edits(section, columns, title, narrow=narrow) for title, columns in groups.items() if columns]
+    """The tables of the runs that change more than what is seen: a table a task, reading in one."""
+    groups: dict[str, list[effect.Column]] = {}
+    for column in effect.columns(section):
+        if not (narrow and column.wide):
+            title = "reading" if column.task in ("digits", "word") else column.asked
+            groups.setdefault(title, []).append(column)
+    return [of_effects(section, columns, title, narrow=narrow) for title, columns in groups.items()]
 
 
 def _name(row: Row) -> tuple[Text, str]:

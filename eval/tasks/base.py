@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from vlmfast.eval.tasks.files import pixels
 from vlmfast.eval.testbed.questions import Question, questions
 from vlmfast.eval.testbed.scenes import TEST_SCENES, Scene, Split, scene
 
+WORD = r"[a-z]+|\d+"  # in lower case
 IMAGES = 70  # images a task takes when no limit is given
 
 
@@ -40,8 +41,20 @@ class Doc:
         return f"{'' if self.split == 'test' else self.split + ':'}{self.task}/{self.scene}/{self.number}"
 
 
+class Mention(NamedTuple):
+    """A thing that a caption mentions, text[start:end], and whether it is in the picture."""
+
+    start: int
+    end: int
+    thing: str
+    there: bool
+
+
 class Task(Protocol):
-    """What a task file defines. `score` returns counts, `summarise` turns their sums [R] into metrics [R]."""
+    """What a task file defines. `score` returns counts, `summarise` turns their sums [R] into metrics [R].
+
+    Tasks about captions also have `mentions(doc, answer)`, what CHAIR counts, in order: a list of `Mention`.
+    """
 
     @property
     def HEADLINE(self) -> str: ...  # noqa: D102, N802
@@ -88,7 +101,7 @@ def documents(task: str, limit: int | None, seed: int, images: int = IMAGES, spl
 
 def words(answer: str) -> list[str]:
     """The words and numbers of an answer, lower case, without punctuation."""
-    return re.findall(r"[a-z]+|\d+", answer.lower())
+    return re.findall(WORD, answer.lower())
 
 
 def first(answer: str, known: Sequence[str]) -> str:

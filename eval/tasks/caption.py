@@ -5,10 +5,12 @@ that are mentioned), f1 (of recall and 1 - chair_i, the headline: neither silenc
 words. Captions are long answers and cost most of the time, hence fewer images by default.
 """
 
+import re
+
 import numpy as np
 
 from vlmfast.eval.metrics import Totals, chair, ratio, summarise_chair
-from vlmfast.eval.tasks.base import Doc, documents, words
+from vlmfast.eval.tasks.base import WORD, Doc, Mention, documents, words
 from vlmfast.eval.testbed.questions import objects_in
 
 HEADLINE = "f1"
@@ -30,6 +32,14 @@ def score(doc: Doc, answer: str) -> dict[str, float]:
     """The counts of CHAIR, and length."""
     said = words(answer)
     return chair(objects_in(" ".join(said)), doc.info["target"]) | {"length": len(said)}
+
+
+def mentions(doc: Doc, answer: str) -> list[Mention]:
+    """The things that a caption mentions, each time it does."""
+    found = []
+    for word in re.finditer(WORD, answer.lower()):
+        found += [Mention(*word.span(), thing, thing in doc.info["target"]) for thing in objects_in(word[0])]
+    return found
 
 
 def summarise(totals: Totals) -> dict[str, np.ndarray]:

@@ -27,7 +27,7 @@ import numpy as np
 from vlmfast.eval.metrics import Totals
 from vlmfast.eval.metrics import chair as counted
 from vlmfast.eval.tasks import caption
-from vlmfast.eval.tasks.base import Doc
+from vlmfast.eval.tasks.base import Doc, Mention
 from vlmfast.eval.tasks.files import existing, json_of, scene_of, settings_of
 
 USAGE = "chair:INSTANCES.json,images=FOLDER,synonyms=FILE,captions=FILE,prompt=TEXT,tokens=N"
@@ -62,20 +62,27 @@ def alike() -> Iterator[tuple[str, str]]:
 
 def things_in(text: str, names: Mapping[str, str]) -> list[str]:
     """The things a text mentions, in order, each time it does. names: word or phrase -> name of the thing"""
-    said = re.findall(r"[a-z]+", text.lower())
+    return [thing for _, _, thing in places_in(text, names)]
+
+
+def places_in(text: str, names: Mapping[str, str]) -> list[tuple[int, int, str]]:
+    """Where a text mentions which thing: (start, end, thing). names: word or phrase -> name of the thing"""
+    places = list(re.finditer(r"[a-z]+", text.lower()))
+    said = [place[0] for place in places]
     known = {
         **dict.fromkeys(NOTHING, ""),
         **{phrase: names[word] for phrase, word in alike() if word in names},
         **names,
     }
     longest = max((len(phrase.split()) for phrase in known), default=1)
-    found, start = [], 0
+    found: list[tuple[int, int, str]] = []
+    start = 0
     while start < len(said):
         for length in range(min(longest, len(said) - start), 0, -1):
             before, last = said[start : start + length - 1], said[start + length - 1]
             name = next((known[p] for end in singulars(last) if (p := " ".join([*before, end])) in known), None)
             if name is not None:
-                found += [name] * bool(name)
+                found += [(places[start].start(), places[start + length - 1].end(), name)] * bool(name)
                 break
         start += length
     return found
@@ -140,6 +147,11 @@ class Chair:
     def score(self, doc: Doc, answer: str) -> dict[str, float]:
         """The counts of CHAIR, and length in words."""
         return counted(things_in(answer, self.names), doc.info["target"]) | {"length": len(answer.split())}
+
+    def mentions(self, doc: Doc, answer: str) -> list[Mention]:
+        """The things that a caption mentions, each time it does."""
+        there = doc.info["target"]
+        return [Mention(start, end, thing, thing in there) for start, end, thing in places_in(answer, self.names)]
 
     def summarise(self, totals: Totals) -> dict[str, np.ndarray]:
         """chair_s, chair_i, recall, f1, length."""

@@ -19,7 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 import vlmfast
 from vlmfast.adapters.attention.vhr import VHR, Divergence, reinforced
 from vlmfast.decoders import Sizes, decoder
-from vlmfast.edits.door import EDITS
+from vlmfast.edits.memory import EDITS
 from vlmfast.lockstep import ImageFree
 
 Chosen = dict[int, list[int]]

@@ -17,7 +17,7 @@ import vlmfast
 from vlmfast import pairing
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.branches import BranchDoor
-from vlmfast.edits.door import EDITS
+from vlmfast.edits.memory import EDITS
 from vlmfast.patching import HANDLE
 
 SPEC = "pai:gamma=2.5,plausibility=0.05,layers=all"

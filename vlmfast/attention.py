@@ -34,7 +34,7 @@ PREFIX = "vlmfast|"
 # one; elsewhere few large launches are faster than many small ones.
 ENTRIES_CPU, ENTRIES = 2**18, 2**24
 KEYWORD = "vlmfast_taps"
-EDIT = "vlmfast_edit"  # keyword of an attention call: the `vlmfast.edits.door.Turn` of a method that edits it
+EDIT = "vlmfast_edit"  # keyword of an attention call: the `vlmfast.edits.turn.Turn` of a method that edits it
 
 _users: Counter[str] = Counter()  # how many open patches use a registered name; the last one removes it
 

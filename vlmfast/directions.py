@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlmfast.edits import EditsDoor
-from vlmfast.edits.door import real_tokens
+from vlmfast.edits.memory import real_tokens
 from vlmfast.lockstep import alone, streaming
 from vlmfast.patching import HANDLE, Patch
 from vlmfast.steps import Leave, StepsDoor

@@ -68,7 +68,7 @@ def _noting(decoder: Any) -> Iterator[Noted]:
 
 @dataclass(frozen=True)
 class _Turn:
-    """One attention call of the stream, as `vlmfast.edits.door.Turn` is one of the prompts."""
+    """One attention call of the stream, as `vlmfast.edits.turn.Turn` is one of the prompts."""
 
     edit: Heads
 

@@ -28,7 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlmfast.attention import EDIT, tap, tapped_attention
 from vlmfast.conversation import STATE
 from vlmfast.edits import EditsDoor
-from vlmfast.edits.door import EDITS, Enter, Pass, Turn, memory_of
+from vlmfast.edits.memory import EDITS, Pass, memory_of
+from vlmfast.edits.turn import Enter, Turn
 from vlmfast.layers.cache import LAYERS
 from vlmfast.patching import HANDLE, Patch
 

@@ -21,7 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlmfast.edits.door import EDITS, EditsDoor, Pass, of_layer
+from vlmfast.edits import EditsDoor
+from vlmfast.edits.memory import EDITS, Pass
+from vlmfast.edits.turn import of_layer
 from vlmfast.layers.door import PASS
 from vlmfast.patching import HANDLE, Patch, Report, unwrap
 

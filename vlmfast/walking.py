@@ -31,7 +31,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 from vlmfast.attention import attention_rows
 from vlmfast.conversation import STATE
 from vlmfast.edits import Call, EditsDoor
-from vlmfast.edits.door import EDITS, Memory
+from vlmfast.edits.memory import EDITS, Memory
 from vlmfast.layers.cache import LAYERS
 from vlmfast.patching import HANDLE, Patch, Report
 from vlmfast.search import Guide, Look, Sequence, Tally, search

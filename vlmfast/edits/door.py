@@ -9,157 +9,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmfast.attention import EDIT, tap
+from vlmfast.attention import tap
 from vlmfast.conversation import STATE, CacheState
-from vlmfast.edits.call import Call
+from vlmfast.edits.editor import Editor, Summing, Watcher
+from vlmfast.edits.memory import EDITS, Memory, Pass, memory_of, real_tokens
+from vlmfast.edits.turn import Enter
 from vlmfast.encoding import asked
 from vlmfast.inputs import Door
-from vlmfast.layers.cache import sizes
-from vlmfast.layers.door import PASS, LayersDoor
-from vlmfast.layers.tokens import PROMPT, Placed, Prompt
+from vlmfast.layers.door import LayersDoor
+from vlmfast.layers.tokens import PROMPT, Prompt
 from vlmfast.lockstep import ImageFree
 from vlmfast.patching import HANDLE, Patch, Report, shallow
 from vlmfast.rewriting import present
 from vlmfast.visual import Score
-
-EDITS = "vlmfast_edits"  # keyword of a forward: its Pass; attribute of a cache: its Memory
-
-
-class Editor(Protocol):
-    """What the door needs of a method that edits attention."""
-
-    @property
-    def name(self) -> str:
-        """As in its spec."""
-        ...
-
-    def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:
-        """Which layers to edit, of those that attend (others hold one state of all tokens). ValueError for others."""
-        ...
-
-    @property
-    def needs_visual(self) -> bool:
-        """Whether it must know which tokens are visual."""
-        ...
-
-    @property
-    def compares(self) -> bool:
-        """Whether it compares prompts with the same ones without their pictures (`Call.free`)."""
-        ...
-
-    def edit(self, call: Call) -> Tensor:
-        """The attention of one call, edited. -> [B, H, Q, d]"""
-        ...
-
-    def marks(self, picture: Placed) -> Mapping[str, Tensor]:
-        """What it wants to know of each token of a picture: values [n] by name.
-
-        A method with `wanted(tower)`, as methods that prune have it, finds these statistics of the vision tower in
-        `picture.visual.scores`.
-        """
-        ...
-
-
-class Watcher(Protocol):
-    """What the door needs of a method that looks at attention and changes nothing."""
-
-    @property
-    def active(self) -> bool:
-        """Whether it wants to see the forward that runs."""
-        ...
-
-    def watch(self, call: Call) -> None:
-        """See one call, as it is before another method edits it."""
-        ...
-
-
-@runtime_checkable
-class Summing(Protocol):
-    """A method that sums up what its calls noted, layer by layer, before it is reported."""
-
-    def remarks(self, notes: Sequence[str]) -> Sequence[str]:
-        """Lines of the report. notes: what the calls of the last prompts noted, each once, in order."""
-        ...
-
-
-@dataclass
-class Memory:
-    """What a cache remembers of the prompts it holds, by columns of its first layer.
-
-    visual, real: bool [B, n]. marks: [B, n] each. layers: for each edited layer what its method remembers.
-    """
-
-    visual: Tensor
-    real: Tensor
-    marks: dict[str, Tensor] = field(default_factory=dict)
-    layers: dict[int, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """Columns known; those behind them are generated text."""
-        return self.visual.shape[1]
-
-    def extended(self, held: int, visual: Tensor, real: Tensor, marks: Mapping[str, Tensor]) -> Memory:
-        """With new tokens behind `held` columns. A cropped cache forgets what was cropped."""
-
-        def joined(before: Tensor, new: Tensor, fill: float) -> Tensor:
-            kept = before[:, :held]
-            return torch.cat([torch.nn.functional.pad(kept, (0, held - kept.shape[1]), value=fill), new], dim=1)
-
-        names = dict.fromkeys([*self.marks, *marks])
-        nothing = {name: self.visual.new_zeros(self.visual.shape, dtype=torch.float32) for name in names}
-        return Memory(
-            joined(self.visual, visual, False),
-            joined(self.real, real, True),
-            {
-                name: joined(
-                    self.marks.get(name, nothing[name]),
-                    marks.get(name, torch.zeros_like(visual, dtype=torch.float32)),
-                    0.0,
-                )
-                for name in names
-            },
-            self.layers,
-        )
-
-
-def memory_of(cache: Any, decoding: bool) -> Memory | None:
-    """The memory a cache carries; one left over from before a reset is removed.
-
-    decoding: one token follows the others, so that a static cache, whose length is on the device, need not be read.
-    """
-    memory: Memory | None = getattr(cache, EDITS, None)
-    if memory is None:
-        return None
-    held = cache.get_seq_length()
-    if not (decoding and isinstance(held, Tensor)) and int(held) == 0:
-        delattr(cache, EDITS)
-        return None
-    return memory
-
-
-@dataclass
-class Pass:
-    """One forward. prompt: its tokens belong to prompts. ends: bool [B, Q], see `Call`.
-
-    ids: int64 [B, Q], where they are known. free: the image-free stream of its prompts, where a method asks for it and
-    they have pictures. known: what layers that hold the same keys share.
-    """
-
-    memory: Memory
-    prompt: bool
-    ends: Tensor
-    ids: Tensor | None = None
-    free: ImageFree | None = None
-    known: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
 
 class EditsDoor:
@@ -386,21 +256,6 @@ def spelled(numbers: Sequence[int]) -> str:
     return "/".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def real_tokens(mask: Any, rows: int, held: int, new: int, device: torch.device) -> Tensor:
-    """Which of the new tokens are no padding. bool [B, Q]
-
-    mask: of the conversation, [B, held + Q]; or ready-made, [B, 1, Q, K] or several of them by kind of layer; or None.
-    """
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention", next(iter(mask.values())))
-    if mask is None:
-        return torch.ones(rows, new, dtype=torch.bool, device=device)
-    if mask.ndim == 4:
-        mask = mask[:, 0, -1]
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return mask[:, held : held + new].to(device).bool().expand(rows, -1)
-
-
 class Generate:
     """Stands for the instance's `generate`: lets the door know where the prompts end."""
 
@@ -423,131 +278,3 @@ class Generate:
             return self.original(*args, **kwargs)
         finally:
             self.door.until = self.door.width = None
-
-
-@dataclass(frozen=True)
-class Enter:
-    """Pre-hook of an edited, watched or followed decoder layer, behind those that take tokens away."""
-
-    door: EditsDoor
-    number: int
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Hand the layer's attention its turn."""
-        one: Any = kwargs.get(EDITS)
-        if one is None:
-            return args, kwargs
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if isinstance(one, Pass):
-            turn = self.turn(one, hidden, kwargs.get("past_key_values"), kwargs.get(PASS))
-        else:  # prompts of two caches in one batch (see `vlmfast.pairing`)
-            turn = one.enter(self, hidden)
-        return args, kwargs if turn is None else {**kwargs, EDIT: turn}
-
-    def turn(self, one: Pass, hidden: Tensor, cache: Any, moved: Any) -> Turn | None:
-        """The turn of the layer's method; None: the layer runs as it is. hidden: [B, Q, D]"""
-        if cache is not None and getattr(cache, EDITS, None) is not one.memory:
-            setattr(cache, EDITS, one.memory)
-        watcher = self.door.watchers.get(self.number)
-        if self.number not in self.door.editors and not (watcher is not None and watcher.active):
-            return None
-        return Turn(self.door, one, self.number, hidden, cache, moved)
-
-
-class Turn:
-    """One edited layer in one forward: makes the `Call` when its attention runs."""
-
-    def __init__(self, door: EditsDoor, one: Pass, number: int, hidden: Tensor, cache: Any, moved: Any) -> None:
-        self.door, self.one, self.number, self.hidden = door, one, number, hidden
-        new = hidden.shape[1]
-        self.offset = sizes(cache, new, number)[1]
-        self.start: Any = 0
-        if cache is not None:
-            held = cache.get_seq_length(number)
-            # A static cache counts on in place; while it decodes its length need not leave the device.
-            self.start = (held.clone() if new == 1 else int(held)) if isinstance(held, Tensor) else held
-            self.start = self.start - self.offset
-        self.columns: Tensor | None = None if moved is None else moved.columns(number)
-
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        own: Callable[[], Tensor],
-        kwargs: Mapping[str, Any],
-    ) -> Tensor:
-        """The edited attention, in the shape that transformers expects. -> [B, Q, H, d]"""
-        n_key = key.shape[2]
-        same = (self.offset, n_key, id(self.columns), query.shape[2])
-        if same not in self.one.known:
-            self.one.known[same] = self._tokens(n_key, query.shape[2])
-        causal = kwargs.get("is_causal")
-        editor, watcher = self.door.editors.get(self.number), self.door.watchers.get(self.number)
-        call = Call(
-            layer=self.number,
-            depth=self.door.depth,
-            query=query,
-            key=key,
-            value=value,
-            scaling=scaling,
-            start=self.start,
-            mask=mask,
-            causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-            window=None if mask is not None and mask.ndim == 4 else kwargs.get("sliding_window"),
-            hidden=self.hidden,
-            prompt=self.one.prompt,
-            free=self.one.free,
-            offset=self.offset,
-            memory=self.one.memory.layers.setdefault(self.number, {}),
-            own=own,
-            **self.one.known[same],
-            note=functools.partial(self.door.note, editor),
-        )
-        if watcher is not None and watcher.active:
-            watcher.watch(call)
-        return own() if editor is None else editor.edit(call).transpose(1, 2).contiguous()
-
-    def _tokens(self, n_key: int, count: int) -> dict[str, Any]:
-        """What the keys and the queries of this layer are, as `Call` has it."""
-        memory = self.one.memory
-        if memory.count:
-            first = memory.real.long().argmax(1)
-        else:
-            first = torch.zeros(len(memory.real), dtype=torch.long, device=memory.real.device)
-        if self.columns is not None:  # text before a picture is never taken away, so that the first token stays
-            first = (self.columns == first[:, None]).long().argmax(1)
-        return {
-            "visual": self._local(memory.visual, n_key, False),
-            "real": self._local(memory.real, n_key, True),
-            "initial": torch.where(first >= self.offset, first - self.offset, -1),
-            "ends": self._new(self.one.ends, count),
-            "marks": {name: self._local(mark, n_key, 0.0) for name, mark in memory.marks.items()},
-        }
-
-    def _local(self, values: Tensor, n_key: int, fill: float) -> Tensor:
-        """Values of the first layer's columns for this layer's keys. [B, n] -> [B, K]"""
-        if self.columns is not None:
-            columns, count = self.columns.to(values.device), values.shape[1]
-            values = values.gather(1, columns.clamp(0, count - 1))
-            values = values.masked_fill(columns >= count, fill).masked_fill(columns < 0, 0)
-        local = values[:, self.offset : self.offset + n_key]
-        return torch.nn.functional.pad(local, (0, n_key - local.shape[1]), value=fill)
-
-    def _new(self, values: Tensor, count: int) -> Tensor:
-        """Values of the forward's tokens for those that the layer got. [B, Q] -> [B, M]"""
-        return of_layer(values, self.columns, self.one.memory.count, count)
-
-
-def of_layer(values: Tensor, columns: Tensor | None, known: int, count: int) -> Tensor:
-    """What is true of a forward's tokens, for the `count` of them that a layer got. bool [B, Q] -> [B, M]
-
-    columns: [B, K] the first layer's columns that the layer's keys stand for; None: all. known: of the first layer.
-    """
-    if values.shape[1] == count or columns is None:
-        return values
-    new = columns[:, -count:] - (known - values.shape[1])
-    return values.gather(1, new.clamp(min=0).to(values.device)) & (new >= 0).to(values.device)

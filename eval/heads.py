@@ -180,7 +180,7 @@ def the_method(spec: str) -> Any:
     (method,) = methods
     if method.name not in with_heads:
         raise ValueError(f"{method.name} does not edit single heads; methods with heads: {', '.join(with_heads)}")
-    if method.heads is not None:
+    if vars(method)["heads"] is not None:
         raise ValueError(
             f"{spec!r}: heads are what is looked for, leave the setting out (`layers` says where to look)"
         )

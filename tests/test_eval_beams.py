@@ -135,3 +135,17 @@ def opera_of(beams):
     result = made_up("m", "none")
     latency = result.latency | {"beams": beams}
     return dataclasses.replace(result, spec="opera", method="opera", keep=None, latency=latency)
+
+
+def test_answers_without_what_samples_hold_are_asked_again(folders, tmp_path):
+    """Which questions are samples may grow: an evaluation that was interrupted before that goes on."""
+    (path,) = run(folders, tmp_path, [], ())
+    before, log = test_eval.stable(path), path.with_suffix(".jsonl")
+    first, *rest = [json.loads(line) for line in log.read_text().splitlines()]
+    for record in rest:
+        record.pop("indices", None)
+        record.pop("grid", None)
+    log.write_text("".join(json.dumps(line) + "\n" for line in (first, *rest)))
+    path.unlink()
+    assert run(folders, tmp_path, [], ()) == [path]
+    assert test_eval.stable(path) == before

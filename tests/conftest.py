@@ -49,7 +49,17 @@ def vlm(request: pytest.FixtureRequest) -> Iterator[Vlm]:
     yield from lend(request.param)
 
 
-@pytest.fixture(params=list(TINY))
+# One family of every make of decoder: 1-D positions, M-RoPE, deepstack, linear layers, sliding layers with pictures
+# seen in both directions. The fast suite runs these; `-m slow` the others.
+KINDS = ("llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3")
+
+
+def every_family() -> list[Any]:
+    """Test parameters: every family, those like another one slow."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+
+
+@pytest.fixture(params=every_family())
 def any_vlm(request: pytest.FixtureRequest) -> Iterator[Vlm]:
     """Every family in turn."""
     yield from lend(request.param)

@@ -382,6 +382,7 @@ def tiny_llava_of(side):
     return config
 
 
+@pytest.mark.slow
 def test_rows_of_edits(edit_rows):
     for name, visual in (("short", 64), ("long", 1024), ("tiny-qwen", 24)):
         for spec, row in zip(EDITS, edit_rows[name], strict=True):
@@ -461,6 +462,7 @@ def test_table_of_edits(edit_rows):
         assert word in text
 
 
+@pytest.mark.slow
 def test_script_measures_edits_apart(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(SHAPES, "tiny-llava", TINY["tiny-llava"])
     out = tmp_path / "bench.json"

@@ -45,6 +45,7 @@ def test_which_specs_decode():
         assert not decodes(spec), spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_rows(rows, name):
     for spec, row in zip(SPECS, rows[name], strict=True):
@@ -176,6 +177,7 @@ def test_group():
     }
 
 
+@pytest.mark.slow
 def test_command(monkeypatch, tmp_path, capsys):
     """Specs of both kinds in one call: each measured in its way, all in one file."""
     from vlmfast.__main__ import main

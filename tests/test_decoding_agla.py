@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from attention_oracle import full_maps
-from conftest import TINY, build
+from conftest import build, every_family
 from test_branches import PLACEHOLDERS, next_logits
 from test_decoding_vcd import forbid
 from test_promises import ROWS, snapshot
@@ -439,7 +439,7 @@ def test_the_models_own_attention(family, layer):
             assert chunks[0, -count:].tolist() == tokens
 
 
-@pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.parametrize("family", every_family())
 def test_the_models_own_attention_on_every_family(family):
     """Rows of a batch as if alone; all tokens are the prompt itself."""
     vlm = build(family)

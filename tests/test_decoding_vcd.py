@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, build
+from conftest import build, every_family
 from test_branches import PLACEHOLDERS, WAYS, Words, longer, next_logits, text_alone
 from test_promises import ROWS, snapshot
 from tiny import Picture, Vlm
@@ -474,7 +474,7 @@ def test_a_pruned_branch(vlm, main, pruner, monkeypatch):
         assert torch.equal(vlm.model(**inputs).logits, plain), "direct calls are not pruned by the branch's method"
 
 
-@pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.parametrize("family", every_family())
 def test_a_pruned_branch_on_every_family(family, monkeypatch):
     production = lambda pixels, frames=1: noisy(pixels, noise_of(pixels, SEED, frames), STEPS)  # noqa: E731
     monkeypatch.setitem(globals(), "drawn", production)
@@ -586,7 +586,7 @@ def test_the_neutral_setting_installs_nothing(vlm, spec):
         assert snapshot(vlm.model) == bare
 
 
-@pytest.mark.parametrize("family", list(TINY))
+@pytest.mark.parametrize("family", every_family())
 def test_one_seed_one_answer(family):
     """No state is left over; another seed is another noise."""
     vlm = build(family)

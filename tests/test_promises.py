@@ -1,8 +1,8 @@
 """What every pruning method promises on every family (those that edit attention: tests/test_promises_attention.py).
 
 The matrix comes from `vlmfast.adapters.support`, the table that `vlmfast list families` prints. The fast suite runs
-the short form of every pair, every promise for one method of each door on every family, and what depends on the method
-for every method on the two core families; `-m slow` runs every promise of every pair.
+the short form on one family of every make, every promise for one method of each door on every family, and what depends
+on the method for every method on the two core families; `-m slow` runs every promise of every pair.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, build, lend
+from conftest import KINDS, TINY, build, lend
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -323,7 +323,8 @@ def cases(pairs, promises=(None,), of_the_door=False):
     found = []
     for name, family in pairs:
         for promise in promises:
-            fast = promise is None or name in DOORS or (family in CORE and not of_the_door)
+            short = promise is None and family in KINDS
+            fast = short or name in DOORS or (family in CORE and not of_the_door)
             marks = () if fast else (pytest.mark.slow,)
             text = "-".join(filter(None, (name, family, promise)))
             found.append(pytest.param(name, family, promise, marks=marks, id=text))

@@ -1,7 +1,7 @@
 """What every method that edits attention promises on every family (pruning: tests/test_promises.py).
 
-The matrix comes from `vlmfast.adapters.support`. The fast suite runs the short form of every pair and every promise on
-the two core families; `-m slow` runs every promise of every pair.
+The matrix comes from `vlmfast.adapters.support`. The fast suite runs the short form on one family of every make and
+every promise on the two core families; `-m slow` runs every promise of every pair.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, build, lend
+from conftest import KINDS, TINY, build, lend
 from peft import LoraConfig, get_peft_model
 from test_promises import CORE, ROWS, generate, snapshot
 
@@ -240,7 +240,7 @@ def cases(promises=(None,)):
             name,
             family,
             promise,
-            marks=() if promise is None or family in CORE else (pytest.mark.slow,),
+            marks=() if family in (KINDS if promise is None else CORE) else (pytest.mark.slow,),
             id="-".join(filter(None, (name, family, promise))),
         )
         for name, family in PAIRS

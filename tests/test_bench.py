@@ -399,6 +399,7 @@ def test_rows_of_edits(edit_rows):
             assert (row["memory"]["layer"] is None) == (spec == "none")
 
 
+@pytest.mark.slow
 def test_memory_of_an_edit_grows_with_the_tokens_and_not_with_their_square(edit_rows):
     """Sizes are counted, not timed: 1,072 tokens against 112, of 4 heads."""
     short, long = (edit_rows[name][1]["memory"]["layer"] for name in ("short", "long"))

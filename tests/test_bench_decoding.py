@@ -128,6 +128,7 @@ def test_model_is_left_as_it_was(llava):
         assert torch.equal(model(**inputs).logits, before)
 
 
+@pytest.mark.slow
 def test_table(rows):
     console = Console(width=80, record=True, file=io.StringIO())
     print_decoding([row for name in rows for row in rows[name]], console)

@@ -182,6 +182,7 @@ def test_the_surest_layer_is_asked_about_likely_tokens_alone():
     assert found[0, 2] == -math.inf
 
 
+@pytest.mark.slow
 def test_late_layers_scale_with_the_depth():
     assert list(DeCo().reads(32, False)) == list(range(20, 29))
     assert list(DeCo().reads(28, False)) == list(range(18, 26)) and list(DeCo().reads(80, False))[::20] == [50, 70]

@@ -324,7 +324,8 @@ def cases(pairs, promises=(None,), of_the_door=False):
     for name, family in pairs:
         for promise in promises:
             short = promise is None and family in KINDS
-            fast = short or name in DOORS or (family in CORE and not of_the_door)
+            door = name in DOORS and family in KINDS
+            fast = short or door or (family in CORE and not of_the_door)
             marks = () if fast else (pytest.mark.slow,)
             text = "-".join(filter(None, (name, family, promise)))
             found.append(pytest.param(name, family, promise, marks=marks, id=text))

@@ -238,27 +238,35 @@ def unpatching_restores_bit_for_bit(vlm, name):
 
 
 def undoes_after_an_error(vlm, name):
+    is_undone_after_an_error(vlm, spec(name, vlm.name))
+
+
+def is_undone_after_an_error(vlm, text):
     before = snapshot(vlm.model)
-    with pytest.raises(ZeroDivisionError), vlmfast.patch(vlm.model, spec(name, vlm.name)):
+    with pytest.raises(ZeroDivisionError), vlmfast.patch(vlm.model, text):
         1 / 0  # noqa: B018
     assert snapshot(vlm.model) == before
 
 
 def a_deep_copy_is_patched_by_itself(vlm, name):
-    inputs = vlm.prompts(rows_of(name, vlm))
+    the_deep_copy_is_patched_by_itself(vlm, spec(name, vlm.name, keep=0.25), rows_of(name, vlm))
+
+
+def the_deep_copy_is_patched_by_itself(vlm, text, rows):
+    inputs = vlm.prompts(rows)
     plain = vlm.model(**inputs).logits
     head = vlm.model.get_output_embeddings().weight
-    with vlmfast.patch(vlm.model, spec(name, vlm.name, keep=0.25)):
-        pruned = vlm.model(**inputs).logits
+    with vlmfast.patch(vlm.model, text):
+        patched = vlm.model(**inputs).logits
         twin = copy.deepcopy(vlm.model)
         with torch.no_grad():
             head.neg_()
-        torch.testing.assert_close(twin(**inputs).logits, pruned)
+        torch.testing.assert_close(twin(**inputs).logits, patched)
         vlmfast.unpatch(twin)
         assert torch.equal(twin(**inputs).logits, plain)
         with torch.no_grad():
             head.neg_()
-        assert torch.equal(vlm.model(**inputs).logits, pruned), "the original is still patched"
+        assert torch.equal(vlm.model(**inputs).logits, patched), "the original is still patched"
 
 
 def chooses_by_the_prompt_alone(vlm, name):

@@ -6,14 +6,20 @@ every promise on the two core families; `-m slow` runs every promise of every pa
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from conftest import KINDS, TINY, build, lend
 from peft import LoraConfig, get_peft_model
-from test_promises import CORE, ROWS, generate, snapshot
+from test_promises import (
+    CORE,
+    ROWS,
+    generate,
+    is_undone_after_an_error,
+    snapshot,
+    the_deep_copy_is_patched_by_itself,
+)
 
 import vlmfast
 from vlmfast.adapters import ADAPTERS, from_spec, support, to_spec
@@ -159,27 +165,11 @@ def joins_with_pruning(vlm, name):
 
 
 def undoes_after_an_error(vlm, name):
-    before = snapshot(vlm.model)
-    with pytest.raises(ZeroDivisionError), vlmfast.patch(vlm.model, strong(name, vlm.name)):
-        1 / 0  # noqa: B018
-    assert snapshot(vlm.model) == before
+    is_undone_after_an_error(vlm, strong(name, vlm.name))
 
 
 def a_deep_copy_is_patched_by_itself(vlm, name):
-    inputs = vlm.prompts(ROWS)
-    plain = vlm.model(**inputs).logits
-    head = vlm.model.get_output_embeddings().weight
-    with vlmfast.patch(vlm.model, strong(name, vlm.name)):
-        edited = vlm.model(**inputs).logits
-        twin = copy.deepcopy(vlm.model)
-        with torch.no_grad():
-            head.neg_()
-        torch.testing.assert_close(twin(**inputs).logits, edited)
-        vlmfast.unpatch(twin)
-        assert torch.equal(twin(**inputs).logits, plain)
-        with torch.no_grad():
-            head.neg_()
-        assert torch.equal(vlm.model(**inputs).logits, edited), "the original is still patched"
+    the_deep_copy_is_patched_by_itself(vlm, strong(name, vlm.name), ROWS)
 
 
 def works_in_bf16(vlm, name):

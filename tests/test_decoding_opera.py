@@ -37,7 +37,7 @@ from vlmfast.adapters.decoding.opera import MOST, OPERA, Memory, OfficialEnded, 
 from vlmfast.search import Ended, Look, Moment, Tally, _reject, search
 
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]
-SOME = ("llava", "qwen3_5")  # two kinds of cache
+SOME = ("llava",)
 RESTLESS = {"sigma": 20.0, "threshold": 1, "candidates": 3}  # goes back on tiny models
 EVERYTHING = OPERA(alpha=0, threshold=10, candidates=97)  # all tokens are candidates, none is penalised
 

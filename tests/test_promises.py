@@ -321,6 +321,8 @@ PROMISES = {
     )
 }
 DOORS = ("random", "fastv")  # one method of each door
+# What hangs on the door alone.
+OF_THE_DOOR = {"undoes_after_an_error", "a_deep_copy_is_patched_by_itself", "unpatching_restores_bit_for_bit"}
 
 
 def cases(pairs, promises=(None,), of_the_door=False):
@@ -333,7 +335,7 @@ def cases(pairs, promises=(None,), of_the_door=False):
         for promise in promises:
             short = promise is None and family in KINDS
             door = name in DOORS and family in KINDS
-            fast = short or door or (family in CORE and not of_the_door)
+            fast = short or door or (family in CORE and not of_the_door and promise not in OF_THE_DOOR)
             marks = () if fast else (pytest.mark.slow,)
             text = "-".join(filter(None, (name, family, promise)))
             found.append(pytest.param(name, family, promise, marks=marks, id=text))

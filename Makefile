@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 SOURCES := vlmfast adapters eval scripts tests
 
-.PHONY: eval compare attention test format check typecheck bench
+.PHONY: eval compare attention decoding test format check typecheck bench
 
 # The main job: the shipped models under every method and budget, then table, picture and page. Options through ARGS,
 # for example `make eval ARGS="--limit 20 --out results/quick"`.
@@ -25,6 +25,14 @@ ATTENTION := zerotuning zerotuning:gamma=0.3 act act:theta=0.03 var pai pai:gamm
 attention: $(VENV)/installed
 	$(BIN)/vlmfast eval $(ATTENTION:%=--method %) --task existence --task caption --task digits --task word \
 		--out results/attention $(ARGS)
+
+# What decoding methods change, against greedy search; then OPERA against plain beams of its width.
+DECODING := dola deco only vista vcd vcd:branch=fastervlm/keep=0.1/fallback=received m3id agla:matcher=self pai opera
+decoding: $(VENV)/installed
+	$(BIN)/vlmfast eval $(DECODING:%=--method %) --task existence --task caption --task digits \
+		--out results/decoding $(ARGS)
+	$(BIN)/vlmfast eval --method opera --beams 5 --task existence --task caption --task digits \
+		--out results/decoding-beams $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)

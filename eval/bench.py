@@ -166,6 +166,28 @@ def bench(
 
     ValueError, TypeError, NotImplementedError or OSError for a wrong spec, model, device or number.
     """
+    settings: dict[str, Any] = {"repeats": repeats, "threads": threads, "device": device, "dtype": dtype}
+    rows = measured(measure_specs, name_or_path, specs, **settings)
+    if out is not None:
+        write_rows(out, rows, device)
+    return rows
+
+
+def measured(
+    measure: Callable[..., list[dict[str, Any]]],
+    name_or_path: str,
+    specs: Sequence[str],
+    *,
+    repeats: int,
+    threads: int,
+    device: str,
+    dtype: str,
+    **more: Any,
+) -> list[dict[str, Any]]:
+    """Rows of `measure(model, inputs, specs, repeats=, threads=)` on one model, after the checks of `bench`.
+
+    more: stands at the head of every row.
+    """
     check_repeats(repeats, 0)
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
@@ -176,11 +198,8 @@ def bench(
     target = check_device(device)
     with use_threads(threads):
         model, inputs, about = subject(name_or_path, target, dtype)
-        rows = measure_specs(model, inputs, specs, repeats=repeats, threads=threads)
-    rows = [{"model": name_or_path, "about": about, "dtype": dtype, **row} for row in rows]
-    if out is not None:
-        write_rows(out, rows, device)
-    return rows
+        rows = measure(model, inputs, specs, repeats=repeats, threads=threads)
+    return [{**more, "model": name_or_path, "about": about, "dtype": dtype, **row} for row in rows]
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]], device: str = "cpu") -> None:

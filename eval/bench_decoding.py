@@ -20,8 +20,7 @@ from rich.console import Console
 import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.eval import bench
-from vlmfast.eval.latency import Clock, Generation, Spread, check_repeats, generation, interleave, ratio, use_threads
-from vlmfast.eval.models import DTYPES, check_device
+from vlmfast.eval.latency import Clock, Generation, Spread, generation, interleave, ratio
 from vlmfast.eval.sweep import beams_of
 
 NEW_TOKENS = 33  # the first comes out of the prefill, 32 are timed
@@ -50,16 +49,8 @@ def bench_decoding(
 
     ValueError, TypeError, NotImplementedError or OSError for a wrong spec, model, device or number.
     """
-    check_repeats(repeats, 0)
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    for spec in specs:
-        from_spec(spec)
-    target = check_device(device)
-    with use_threads(threads):
-        model, inputs, about = bench.subject(name_or_path, target, dtype)
-        rows = measure_decoding(model, inputs, specs, repeats=repeats, threads=threads)
-    return [{"kind": "decoding", "model": name_or_path, "about": about, "dtype": dtype, **row} for row in rows]
+    settings: dict[str, Any] = {"repeats": repeats, "threads": threads, "device": device, "dtype": dtype}
+    return bench.measured(measure_decoding, name_or_path, specs, **settings, kind="decoding")
 
 
 def measure_decoding(

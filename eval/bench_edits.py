@@ -32,14 +32,11 @@ from vlmfast.eval.latency import (
     MB,
     Clock,
     Spread,
-    check_repeats,
     image_inputs,
     interleave,
     peak_bytes,
     ratio,
-    use_threads,
 )
-from vlmfast.eval.models import DTYPES, check_device
 from vlmfast.layers.tokens import Placed
 
 STEPS = 8  # further tokens a reading
@@ -71,16 +68,8 @@ def bench_edits(
 
     ValueError, TypeError, NotImplementedError or OSError for a wrong spec, model, device or number.
     """
-    check_repeats(repeats, 0)
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    for spec in specs:
-        from_spec(spec)
-    target = check_device(device)
-    with use_threads(threads):
-        model, inputs, about = bench.subject(name_or_path, target, dtype)
-        rows = measure_edits(model, inputs, specs, repeats=repeats, threads=threads)
-    return [{"kind": "edits", "model": name_or_path, "about": about, "dtype": dtype, **row} for row in rows]
+    settings: dict[str, Any] = {"repeats": repeats, "threads": threads, "device": device, "dtype": dtype}
+    return bench.measured(measure_edits, name_or_path, specs, **settings, kind="edits")
 
 
 # --- the same method on full maps ------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapter import ATTENTION, Adapter
+from vlmfast.branches import BranchDoor, ImageFreeBranch
 from vlmfast.decoders import Attention, Sizes
 from vlmfast.edits import Call, EditsDoor
 from vlmfast.layers.tokens import Placed
 from vlmfast.patching import Patch
 from vlmfast.ranges import which
+from vlmfast.towers import Picture
 
 
 def attending(model: Sizes) -> list[int]:
@@ -157,3 +159,41 @@ class HeadEdit(AttentionEdit):
         """The heads to edit in a call. int64 [n], None: all"""
         heads = self.heads_of(call.layer)
         return None if heads is None else torch.tensor(heads, device=call.query.device)
+
+
+class Boost(AttentionEdit):
+    """What PAI and PAINT share: higher scores in the rows that decide on a token, beside a contrast with `gamma`.
+
+    A method has the settings gamma and plausibility, and says whether it `boosts` at all.
+    """
+
+    gamma: float
+    plausibility: float
+
+    @property
+    def boosts(self) -> bool:
+        """Whether any score rises."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement boosts")
+
+    @property
+    def neutral(self) -> bool:
+        """No boost and no contrast."""
+        return not self.boosts and self.gamma == 1
+
+    @property
+    def branch(self) -> ImageFreeBranch:
+        """The image-free prompt and what becomes of its logits."""
+        return ImageFreeBranch(self.name, self.gamma, self.plausibility)
+
+    def attach(self, patch: Patch) -> None:
+        """Install door 3, and door 4 where there is a contrast."""
+        super().attach(patch)
+        if self.gamma != 1:
+            BranchDoor(patch, self.branch)
+
+    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
+        """The last row again in every edited layer, and the image-free prompt through the decoder."""
+        layers = model.decoder.layers
+        edited = self.where(attending(model), len(layers)) if self.boosts else ()
+        rows = sum(2 * layers[layer].statistic(1, picture.span + text) for layer in edited)
+        return rows + (self.branch.prefill_flops(text, model) if self.gamma != 1 else 0)

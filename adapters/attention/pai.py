@@ -28,12 +28,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.adapters.attention.base import AttentionEdit, attending
-from vlmfast.branches import BranchDoor, ImageFreeBranch
-from vlmfast.decoders import Sizes
+from vlmfast.adapters.attention.base import Boost
 from vlmfast.edits import Call
-from vlmfast.patching import Patch
-from vlmfast.towers import Picture
 
 
 def boosted(scores: Tensor, rise: Tensor) -> Tensor:
@@ -42,7 +38,7 @@ def boosted(scores: Tensor, rise: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PAI(AttentionEdit):
+class PAI(Boost):
     """Raise the scores of visual tokens in the rows that decide on a token, and contrast with the image-free prompt.
 
     alpha: share of its size that a score rises by; 0: none. gamma: strength of the contrast in `generate`; 1: none,
@@ -66,20 +62,9 @@ class PAI(AttentionEdit):
         self.branch  # noqa: B018  checks its settings
 
     @property
-    def neutral(self) -> bool:
-        """No boost and no contrast."""
-        return self.alpha == 0 and self.gamma == 1
-
-    @property
-    def branch(self) -> ImageFreeBranch:
-        """The image-free prompt and what becomes of its logits."""
-        return ImageFreeBranch(self.name, self.gamma, self.plausibility)
-
-    def attach(self, patch: Patch) -> None:
-        """Install door 3, and door 4 where there is a contrast."""
-        super().attach(patch)
-        if self.gamma != 1:
-            BranchDoor(patch, self.branch)
+    def boosts(self) -> bool:
+        """Whether any score rises."""
+        return self.alpha != 0
 
     def edit(self, call: Call) -> Tensor:
         """The rows that decide on a token, where they can see a picture."""
@@ -89,13 +74,3 @@ class PAI(AttentionEdit):
             return call.plain()
         rise = self.alpha * call.visual[:, None, None].float()
         return call.rescore(lambda scores: boosted(scores, rise), rows)
-
-    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
-        """The last row again in every edited layer, and the image-free prompt through the decoder."""
-        layers = model.decoder.layers
-        rows = sum(
-            2 * layers[layer].statistic(1, picture.span + text)
-            for layer in self.where(attending(model), len(layers))
-            if self.alpha
-        )
-        return rows + (self.branch.prefill_flops(text, model) if self.gamma != 1 else 0)

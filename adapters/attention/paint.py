@@ -36,14 +36,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vlmfast.adapters.attention.base import AttentionEdit, attending
-from vlmfast.branches import BranchDoor, ImageFreeBranch
-from vlmfast.decoders import Sizes
+from vlmfast.adapters.attention.base import Boost
 from vlmfast.edits import Call
 from vlmfast.families import Family, Tower
 from vlmfast.layers.tokens import Placed
 from vlmfast.patching import HANDLE, Patch, Report
-from vlmfast.towers import Picture
 from vlmfast.visual import Score, top
 
 LOCAL, SUMMARY = 1, 2
@@ -79,7 +76,7 @@ class Remark:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PAINT(AttentionEdit):
+class PAINT(Boost):
     """Raise the scores of two sets of visual tokens where a token is decided, and contrast with the image-free prompt.
 
     alpha, beta: share of its size that the score of a local and of a summary token rises by; 0: none. ratio: share of
@@ -124,16 +121,6 @@ class PAINT(AttentionEdit):
         """Whether a score rises."""
         return self.alpha != 0 or self.beta != 0
 
-    @property
-    def neutral(self) -> bool:
-        """No boost and no contrast."""
-        return not self.boosts and self.gamma == 1
-
-    @property
-    def branch(self) -> ImageFreeBranch:
-        """The image-free prompt and what becomes of its logits."""
-        return ImageFreeBranch(self.name, self.gamma, self.plausibility)
-
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """CLS rows of the first and the last layer but one; the attention received with the fallback, where needed."""
         if not self.boosts:
@@ -148,13 +135,11 @@ class PAINT(AttentionEdit):
         return {name: Score(tower.nearest_full_layer((at + 1) / tower.depth), kind) for name, at in places.items()}
 
     def attach(self, patch: Patch) -> None:
-        """Install door 3, and door 4 where there is a contrast."""
+        """As `Boost.attach`, saying what stands for CLS where there is none."""
         super().attach(patch)
         if self.boosts and not patch.tower.has_cls:
             text = "paint: no CLS in this tower, the attention received from all patches used instead"
             patch.model.__dict__[HANDLE].reporters.append(Remark(text))
-        if self.gamma != 1:
-            BranchDoor(patch, self.branch)
 
     def marks(self, picture: Placed) -> Mapping[str, Tensor]:
         """The code of each token of a picture: 1 local, 2 summary."""
@@ -179,13 +164,3 @@ class PAINT(AttentionEdit):
             return call.plain()
         rise = (self.alpha * (codes == LOCAL) + self.beta * (codes == SUMMARY))[:, None, None].float()
         return call.rescore(lambda scores: boosted(scores, rise), rows)
-
-    def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
-        """The last row again in every edited layer, and the image-free prompt through the decoder."""
-        layers = model.decoder.layers
-        rows = sum(
-            2 * layers[layer].statistic(1, picture.span + text)
-            for layer in self.where(attending(model), len(layers))
-            if self.boosts
-        )
-        return rows + (self.branch.prefill_flops(text, model) if self.gamma != 1 else 0)

@@ -103,7 +103,7 @@ class PicturesDoor(BranchDoor):
 
     def __init__(self, patch: Patch, branch: Redrawing, pruner: Pruning | None = None) -> None:
         super().__init__(patch, branch)
-        doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, Door)]
+        doors = [one for one in patch.reporters if isinstance(one, Door)]
         self.intercepted, self.pruner = bool(doors), pruner
         self.rewriter: Rewriter
         if pruner is not None:

@@ -213,7 +213,7 @@ class BranchDoor:
     def beside(self, prompt: int) -> Iterator[None]:
         """The branch runs: other doors do not take its tokens for those of the prompts. prompt: its columns"""
         with ExitStack() as stack:
-            for one in self.patch.model.__dict__[HANDLE].reporters:
+            for one in self.patch.reporters:
                 if isinstance(one, EditsDoor):
                     stack.enter_context(one.beside(prompt))
             yield

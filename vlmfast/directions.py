@@ -24,7 +24,7 @@ from transformers import DynamicCache
 from vlmfast.edits import EditsDoor
 from vlmfast.edits.memory import real_tokens
 from vlmfast.lockstep import alone, streaming
-from vlmfast.patching import HANDLE, Patch
+from vlmfast.patching import Patch
 from vlmfast.steps import Leave, StepsDoor
 
 DIRECTIONS = "vlmfast_directions"  # on a cache: the Directions of its prompts
@@ -129,7 +129,7 @@ class DirectionsDoor:
         """Other prompts, of `width` columns, run meanwhile."""
         self.running = True
         with ExitStack() as stack:
-            for one in self.patch.model.__dict__[HANDLE].reporters:
+            for one in self.patch.reporters:
                 if isinstance(one, EditsDoor):
                     stack.enter_context(one.beside(width))
             try:

@@ -27,7 +27,7 @@ from vlmfast.families import Family, Positions, Tower
 from vlmfast.generating import DONE, MISSING_TYPES, Generate, PrepareInputs
 from vlmfast.layers.cache import layer_state
 from vlmfast.layers.tokens import PROMPT, Placed, Prompt
-from vlmfast.patching import HANDLE, ImageReport, Patch, PromptReport, Report, shallow
+from vlmfast.patching import ImageReport, Patch, PromptReport, Report, shallow
 from vlmfast.rewriting import Selected, compact, following, gather_index, present, rows_of_images
 from vlmfast.visual import Choice, Score, VisualTokens
 
@@ -340,12 +340,12 @@ class Door(Rewriter):
         patch.set(patch.model, "generate", Generate(self, patch.model))
         patch.hook(patch.model, self.before_forward, before=True)
         patch.hook(patch.model, self.after_forward)
-        patch.model.__dict__[HANDLE].reporters.append(self)
+        patch.reporters.append(self)
 
     @classmethod
     def telling(cls, patch: Patch) -> Door:
         """The patch's door, one that drops nothing if no method came with one, telling where the pictures stand."""
-        doors = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, cls)]
+        doors = [one for one in patch.reporters if isinstance(one, cls)]
         door = doors[0] if doors else cls(patch, Everything(), None)
         door.tells = True
         return door

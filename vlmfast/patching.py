@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -65,6 +65,7 @@ class Patch:
         self.model = model
         self.base: Any = getattr(model, getattr(model, "base_model_prefix", ""), model)
         self.family: Family = family_of(model)
+        self.reporters: list[Any] = []  # the doors: each adds to the report, and finds the others here
         self._undo: list[Undo] = []
 
     @property
@@ -190,7 +191,11 @@ class Handle:
     patch: Patch
     adapters: tuple[Adapter, ...]
     spec: str
-    reporters: list[Any] = field(default_factory=list)
+
+    @property
+    def reporters(self) -> list[Any]:
+        """The doors that the methods came through."""
+        return self.patch.reporters
 
     def close(self) -> None:
         """Restore the model. Safe to call twice."""

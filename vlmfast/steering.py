@@ -25,7 +25,7 @@ from vlmfast.edits import EditsDoor
 from vlmfast.edits.memory import EDITS, Pass
 from vlmfast.edits.turn import of_layer
 from vlmfast.layers.door import PASS
-from vlmfast.patching import HANDLE, Patch, Report, unwrap
+from vlmfast.patching import Patch, Report, unwrap
 
 FORMAT = "vlmfast steering vector 1"
 BLANK = "\n\n"
@@ -220,7 +220,7 @@ class Steering:
         self.known: dict[Any, tuple[Tensor, Tensor]] = {}
         edits.follow(layer)
         patch.hook(edits.decoder.layers[layer], self.after_layer)
-        patch.model.__dict__[HANDLE].reporters.append(self)
+        patch.reporters.append(self)
 
     def after_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Hook of the layer. Other tokens stay as they are, bit for bit."""

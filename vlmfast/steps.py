@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vlmfast.patching import HANDLE, Patch, Report
+from vlmfast.patching import Patch, Report
 
 FAR = 1e4  # how far behind the others tokens are that a method rules out: no softmax sees them at any temperature
 
@@ -98,7 +98,7 @@ class StepsDoor:
             patch.hook(head, self.after_head)
         patch.hook(patch.model, self.after_model)
         patch.set(patch.model, "generate", Generate(self, patch.model))
-        patch.model.__dict__[HANDLE].reporters.append(self)
+        patch.reporters.append(self)
 
     # --- hooks -------------------------------------------------------------------------------------------------
 

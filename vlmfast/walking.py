@@ -33,7 +33,7 @@ from vlmfast.conversation import STATE
 from vlmfast.edits import Call, EditsDoor
 from vlmfast.edits.memory import EDITS, Memory
 from vlmfast.layers.cache import LAYERS
-from vlmfast.patching import HANDLE, Patch, Report
+from vlmfast.patching import Patch, Report
 from vlmfast.search import Guide, Look, Sequence, Tally, search
 
 TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -340,7 +340,7 @@ class SearchDoor:
         edits.watch(name, self.eye.number, self.eye)
         self.tally = Tally()
         patch.set(patch.model, "generate", Generate(self, patch.model))
-        patch.model.__dict__[HANDLE].reporters.append(self)
+        patch.reporters.append(self)
 
     def check(self, model: Any, config: GenerationConfig, given: Mapping[str, Any]) -> None:
         """Refuse what the search cannot do. config: of the call; given: its arguments by name."""

@@ -40,7 +40,7 @@ from vlmfast.adapters.attention.base import Boost
 from vlmfast.edits import Call
 from vlmfast.families import Family, Tower
 from vlmfast.layers.tokens import Placed
-from vlmfast.patching import HANDLE, Patch, Report
+from vlmfast.patching import Patch, Report
 from vlmfast.visual import Score, top
 
 LOCAL, SUMMARY = 1, 2
@@ -139,7 +139,7 @@ class PAINT(Boost):
         super().attach(patch)
         if self.boosts and not patch.tower.has_cls:
             text = "paint: no CLS in this tower, the attention received from all patches used instead"
-            patch.model.__dict__[HANDLE].reporters.append(Remark(text))
+            patch.reporters.append(Remark(text))
 
     def marks(self, picture: Placed) -> Mapping[str, Tensor]:
         """The code of each token of a picture: 1 local, 2 summary."""

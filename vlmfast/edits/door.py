@@ -27,7 +27,7 @@ from vlmfast.inputs import Door
 from vlmfast.layers.door import LayersDoor
 from vlmfast.layers.tokens import PROMPT, Prompt
 from vlmfast.lockstep import ImageFree
-from vlmfast.patching import HANDLE, Patch, Report, shallow
+from vlmfast.patching import Patch, Report, shallow
 from vlmfast.rewriting import present
 from vlmfast.visual import Score
 
@@ -38,7 +38,7 @@ class EditsDoor:
     @classmethod
     def of(cls, patch: Patch) -> EditsDoor:
         """The door of a patch: several methods share it."""
-        found = [one for one in patch.model.__dict__[HANDLE].reporters if isinstance(one, cls)]
+        found = [one for one in patch.reporters if isinstance(one, cls)]
         return found[0] if found else cls(patch)
 
     def __init__(self, patch: Patch) -> None:
@@ -57,7 +57,7 @@ class EditsDoor:
         self.noted: dict[Editor, dict[str, None]] = {}  # what methods had to say of the last prompts, in order
         self.until: int | None = None  # columns that the prompts of the running `generate` have, as the user counts
         self.width: int | None = None  # and what its first forward without a cache got of them
-        reporters = patch.model.__dict__[HANDLE].reporters
+        reporters = patch.reporters
         self.keeps_prompt = any(isinstance(one, LayersDoor) for one in reporters)
         reporters.append(self)
         patch.hook(patch.base, self.before_base, before=True, first=False)

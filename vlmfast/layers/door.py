@@ -31,7 +31,7 @@ from vlmfast.layers.later import Later
 from vlmfast.layers.prefill import Prefill
 from vlmfast.layers.scores import plain, rotates
 from vlmfast.layers.tokens import PROMPT, LayerSelector, Prompt
-from vlmfast.patching import HANDLE, Patch, Report
+from vlmfast.patching import Patch, Report
 
 PASS = "vlmfast_pass"  # keyword of the decoder layers: what happens to the tokens of this forward
 IMPLEMENTATIONS = ("sdpa", "eager", "flash")
@@ -54,10 +54,10 @@ class LayersDoor:
         if not selector.fixed:  # early cuts of a schedule by depth are left out where features are still added
             self.cuts = tuple(cut for cut in self.cuts if cut >= self.stacked) or (self.stacked,)
         self.linear = self._check(decoder)
-        if any(isinstance(one, LayersDoor) for one in patch.model.__dict__[HANDLE].reporters):
+        if any(isinstance(one, LayersDoor) for one in patch.reporters):
             raise NotImplementedError("two methods that drop tokens between decoder layers cannot be combined")
         Door.telling(patch)
-        patch.model.__dict__[HANDLE].reporters.append(self)
+        patch.reporters.append(self)
         self.types = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
         scored = [cut - 1 for cut in self.cuts if any(not score.own for score in selector.asks(cut).values())]
         tap(patch, [decoder.layers[layer].self_attn for layer in dict.fromkeys(scored)])

@@ -1,0 +1,221 @@
+"""Base of the tuners: third-party methods of PEFT that know where a VLM's language model is.
+
+A tuner of ours is an ordinary one for its user: `get_peft_model(model, Config())`, `PeftModel.from_pretrained`, several
+adapters, disable, delete, Trainer. Importing `vlmfast.adapters.tuning` makes PEFT know them; that has to happen before
+an adapter of theirs is loaded.
+
+PEFT keeps its methods in a closed enum without an entry point. `register` adds a member at run time, which is private to
+CPython's enum: tests/test_tuning_base.py watches over it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import nn
+
+from vlmfast.modality import MODALITIES, Here, Modalities
+
+
+def register(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
+    """Make PEFT know a method. Safe to call twice.
+
+    RuntimeError where PEFT has a method of this name that is not ours.
+    """
+    upper = name.upper()
+    if upper not in PeftType.__members__:
+        member = str.__new__(PeftType, upper)
+        member._name_, member._value_, member.__objclass__ = upper, upper, PeftType
+        member._sort_order_ = len(PeftType.__members__)
+        PeftType._member_names_.append(upper)
+        PeftType._member_map_[upper] = member
+        PeftType._value2member_map_[upper] = member
+        type.__setattr__(PeftType, upper, member)
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[upper])
+    if known is config:
+        return
+    if known is not None:
+        raise RuntimeError(
+            f"PEFT has a method {name!r} of its own ({known.__module__}): vlmfast's cannot be registered"
+        )
+    register_peft_method(name=name, config_cls=config, model_cls=model)
+
+
+@dataclass
+class TunerConfig(PeftConfig):
+    """What the configs of all tuners have.
+
+    target_modules: names or a regular expression; None: the tuner's own places in the language model, never the vision
+        tower. layers_to_transform: decoder layers, None: all. exclude_modules, modules_to_save: as in PEFT.
+    """
+
+    method: ClassVar[str] = ""
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType[self.method.upper()]
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+
+class TunerLayer(nn.Module, BaseTunerLayer):
+    """A module with adapters around it. Subclasses name their dicts in `adapter_layer_names` and say what `forward` does.
+
+    number: the decoder layer it is in, None: in none.
+    """
+
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, number: int | None, here: Here | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.number = number
+        self.here = here
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+
+    def update_layer(self, adapter_name: str, config: Any) -> None:
+        """Add an adapter: fill the dicts, then call `finish`."""
+        raise NotImplementedError
+
+    def finish(self, adapter_name: str, config: Any) -> None:
+        """Put a new adapter where the base layer is, trainable if it is active."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def active(self, held: Any) -> list[str]:
+        """The adapters that act now, of those in one of the dicts; none when they are disabled."""
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in held]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """NotImplementedError: most of these adapters are not linear in their input."""
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be merged into the weights: what it does depends on its input"
+        )
+
+    def unmerge(self) -> None:
+        """NotImplementedError, as `merge`."""
+        raise NotImplementedError(f"{type(self).__name__} is never merged")
+
+
+class Tuner(BaseTuner):
+    """A PEFT tuner over a language model inside a VLM (or alone, where it needs no pictures).
+
+    places: names of the wrapped modules inside a decoder layer, by dots. sees: whether its layers are told which tokens
+    are visual, which needs a supported family.
+    """
+
+    target_module_mapping: dict[str, Any] = {}
+    tuner_layer_cls: type[TunerLayer] = TunerLayer
+    places: tuple[str, ...] = ()
+    sees = False
+
+    def wrap(
+        self, config: Any, target: nn.Module, number: int | None, here: Here | None, key: str
+    ) -> TunerLayer | None:
+        """The layer that goes around a module, without adapters yet; None: the module stays as it is.
+
+        key: the module's name.
+        """
+        return self.tuner_layer_cls(target, number, here)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """The places of the tuner, where the user named none."""
+        if peft_config.target_modules is None:
+            peft_config.target_modules = self.expression(peft_config.layers_to_transform)
+        elif isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
+            # A config saved with its expression comes back with both; another expression holds no room for layers.
+            if peft_config.target_modules != self.expression(peft_config.layers_to_transform):
+                raise ValueError(
+                    "layers_to_transform goes with target_modules as a list; an expression says it itself"
+                )
+        return peft_config
+
+    def expression(self, layers: Sequence[int] | int | None) -> str:
+        """The regular expression of the tuner's places in these layers. ValueError for a layer that there is not."""
+        decoder = self.model.get_decoder()
+        depth = len(decoder.layers)
+        numbers = [layers] if isinstance(layers, int) else layers
+        wrong = [number for number in numbers or () if not 0 <= number < depth]
+        if wrong or numbers is not None and not numbers:
+            raise ValueError(f"layers_to_transform={layers}: the decoder has layers 0 to {depth - 1}")
+        name = next(name for name, module in self.model.named_modules() if module is decoder)
+        layer = r"\d+" if numbers is None else f"(?:{'|'.join(map(str, sorted(numbers)))})"
+        places = "|".join(re.escape(place) for place in self.places_of(decoder.layers[0]))
+        return rf"(?:.*\.)?{re.escape(name)}\.layers\.{layer}\.(?:{places})"
+
+    def places_of(self, layer: nn.Module) -> Sequence[str]:
+        """Names of the modules to wrap; families may name them differently."""
+        return self.places
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        config = peft_config
+        if isinstance(config.target_modules, str):  # an expression says itself which layers
+            return re.fullmatch(config.target_modules, key)
+        return super()._check_target_module_exists(config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, peft_config)
+            return
+        number = self.layer_of(current_key)
+        here = Modalities.of(self.model).layer(number) if self.sees and number is not None else None
+        if self.sees and here is None:
+            raise ValueError(
+                f"{current_key} is in no decoder layer; {peft_config.method} wraps {', '.join(self.places)}"
+            )
+        new = self.wrap(peft_config, target, number, here, current_key)
+        if new is None:
+            return
+        new.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)
+        setattr(parent, target_name, new)
+
+    def layer_of(self, key: str) -> int | None:
+        """The number of the decoder layer that a module is in."""
+        found = re.search(r"\.layers\.(\d+)\.", key)
+        return None if found is None else int(found[1])
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name directly behind one of our dicts, however deep the adapter's own modules go."""
+        return re.sub(rf"\.({re.escape(cls.prefix)}\w+)\.{re.escape(adapter_name)}(?=\.|$)", r".\1", key)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        self.forget()
+        return model
+
+    def forget(self) -> None:
+        """Take away what the model was told for this tuner."""
+        if (modalities := self.model.__dict__.get(MODALITIES)) is not None:
+            modalities.close()

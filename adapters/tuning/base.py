@@ -1,11 +1,11 @@
 """Base of the tuners: third-party methods of PEFT that know where a VLM's language model is.
 
-A tuner of ours is an ordinary one for its user: `get_peft_model(model, Config())`, `PeftModel.from_pretrained`, several
-adapters, disable, delete, Trainer. Importing `vlmfast.adapters.tuning` makes PEFT know them; that has to happen before
-an adapter of theirs is loaded.
+A tuner of ours is an ordinary one for its user: `get_peft_model(model, Config())`, `PeftModel.from_pretrained`,
+several adapters, disable, delete, Trainer. Importing `vlmfast.adapters.tuning` makes PEFT know them; that has to happen
+before an adapter of theirs is loaded.
 
-PEFT keeps its methods in a closed enum without an entry point. `register` adds a member at run time, which is private to
-CPython's enum: tests/test_tuning_base.py watches over it.
+PEFT keeps its methods in a closed enum without an entry point. `register` adds a member at run time, which is private
+to CPython's enum: tests/test_tuning_base.py watches over it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TunerConfig(PeftConfig):
 
 
 class TunerLayer(nn.Module, BaseTunerLayer):
-    """A module with adapters around it. Subclasses name their dicts in `adapter_layer_names` and say what `forward` does.
+    """A module with adapters around it. Subclasses name their dicts in `adapter_layer_names` and write `forward`.
 
     number: the decoder layer it is in, None: in none.
     """
@@ -117,8 +117,8 @@ class TunerLayer(nn.Module, BaseTunerLayer):
 class Tuner(BaseTuner):
     """A PEFT tuner over a language model inside a VLM (or alone, where it needs no pictures).
 
-    places: names of the wrapped modules inside a decoder layer, by dots. sees: whether its layers are told which tokens
-    are visual, which needs a supported family.
+    places: names of the wrapped modules inside a decoder layer, by dots. sees: whether its layers are told which
+    tokens are visual, which needs a supported family.
     """
 
     target_module_mapping: dict[str, Any] = {}
@@ -139,12 +139,12 @@ class Tuner(BaseTuner):
         """The places of the tuner, where the user named none."""
         if peft_config.target_modules is None:
             peft_config.target_modules = self.expression(peft_config.layers_to_transform)
-        elif isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
-            # A config saved with its expression comes back with both; another expression holds no room for layers.
-            if peft_config.target_modules != self.expression(peft_config.layers_to_transform):
-                raise ValueError(
-                    "layers_to_transform goes with target_modules as a list; an expression says it itself"
-                )
+        elif (
+            isinstance(peft_config.target_modules, str)
+            and peft_config.layers_to_transform is not None
+            and peft_config.target_modules != self.expression(peft_config.layers_to_transform)  # as saved before
+        ):
+            raise ValueError("layers_to_transform goes with a list of target_modules; an expression names the layers")
         return peft_config
 
     def expression(self, layers: Sequence[int] | int | None) -> str:

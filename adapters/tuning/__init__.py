@@ -1,5 +1,19 @@
-"""PEFT tuners that know where a VLM's language model is. Importing this makes PEFT know them (extra `train`)."""
+"""PEFT tuners that know where a VLM's language model is. Importing this makes PEFT know them (extra `train`).
 
+from peft import get_peft_model
+from vlmfast.adapters.tuning import LofitConfig
+
+model = get_peft_model(model, LofitConfig())
+"""
+
+try:
+    import peft  # noqa: F401
+except ImportError as error:
+    raise ImportError("tuners need PEFT: pip install 'vlmfast[train]'") from error
+
+from vlmfast.adapters.tuning.base import TunerConfig
 from vlmfast.adapters.tuning.lofit import LofitConfig
 
-__all__ = ["LofitConfig"]
+__all__ = ["TUNERS", "LofitConfig"]
+
+TUNERS: dict[str, type[TunerConfig]] = {config.method: config for config in (LofitConfig,)}

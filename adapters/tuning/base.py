@@ -1,8 +1,8 @@
 """Base of the tuners: third-party methods of PEFT that know where a VLM's language model is.
 
 A tuner of ours is an ordinary one for its user: `get_peft_model(model, Config())`, `PeftModel.from_pretrained`,
-several adapters, disable, delete, Trainer. Importing `vlmfast.adapters.tuning` makes PEFT know them, which has to happen
-before one of their adapters is loaded.
+several adapters, disable, delete, Trainer. Importing `vlmfast.adapters.tuning` makes PEFT know them; do so before you
+load one of their adapters.
 
 PEFT keeps its methods in a closed enum without an entry point. `register` adds a member at run time, which is private
 to CPython's enum: tests/test_tuning_base.py watches over it.

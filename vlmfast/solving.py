@@ -36,6 +36,26 @@ def nominal(config: Any, modality: str = "image") -> Picture:
     return Picture(patches=grid, tokens=tokens, span=tokens, frames=grid[0] if video else 1, video=video)
 
 
+def picture_of(config: Any, size: tuple[int, int] | None = None, most: int | None = None) -> Picture:
+    """An image of (height, width) pixels as its processor hands it over; None: a usual one.
+
+    most: pixels that a processor of Qwen's kind leaves (`max_pixels`). ValueError for a size that cannot be,
+    NotImplementedError where the size alone does not tell.
+    """
+    family = family_of(config)
+    if size is None:
+        return nominal(config)
+    if min(size) < 1:
+        raise ValueError(f"an image has at least one pixel a side, got {size[0]}x{size[1]}")
+    if family.tiled:
+        raise NotImplementedError(f"how many tiles {family.name} cuts an image into is its processor's setting")
+    if family.sized is not None:
+        return family.sized(config, size, most)
+    if most is not None:
+        raise NotImplementedError(f"{family.name} resizes every image to the same size")
+    return nominal(config)
+
+
 def tower_scores(config: Any, adapters: Sequence[Adapter]) -> list[Score]:
     """The statistics that the methods take in the vision tower, each once."""
     tower = family_of(config).tower(config)

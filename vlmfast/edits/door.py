@@ -32,6 +32,11 @@ from vlmfast.rewriting import present
 from vlmfast.visual import Score
 
 
+def attending_layers(decoder: Any) -> list[int]:
+    """The layers of a decoder that have attention; those of a hybrid decoder that hold one state of all tokens do not."""
+    return [n for n, one in enumerate(decoder.layers) if getattr(one, "self_attn", None) is not None]
+
+
 class EditsDoor:
     """Lets methods edit the attention of decoder layers of one patched model, one method a layer."""
 
@@ -45,7 +50,7 @@ class EditsDoor:
         self.patch = patch
         self.decoder = patch.base.get_decoder()
         self.depth = len(self.decoder.layers)
-        self.attends = [n for n, one in enumerate(self.decoder.layers) if getattr(one, "self_attn", None) is not None]
+        self.attends = attending_layers(self.decoder)
         self.config = self.decoder.config
         config = patch.model.config
         self.tokens = [int(getattr(config, source.token)) for source in patch.family.sources.values()]

@@ -201,12 +201,15 @@ def _videos(encoded: Encoded, pool: Callable[[Tensor], Tensor], newline: bool) -
     ]
 
 
-def _usual_image(config: Any, at_most: int | None = None) -> Picture:
-    """A square image of two by two crops."""
+def _sized(
+    config: Any, size: tuple[int, int], most: int | None, at_most: Callable[[Any], int | None] = lambda config: None
+) -> Picture:
+    """An image of (height, width) pixels. at_most: config -> see `Canvas`."""
+    if most is not None:
+        raise NotImplementedError(f"{config.model_type} takes its resolutions from the config, not a number of pixels")
     vision, points = config.vision_config, config.image_grid_pinpoints
     crop, side = vision.image_size, vision.image_size // vision.patch_size
-    size = (2 * crop, 2 * crop)
-    canvas = Canvas(size, select_best_resolution(size, points), crop, side, vision.patch_size, at_most)
+    canvas = Canvas(size, select_best_resolution(size, points), crop, side, vision.patch_size, at_most(config))
     (h, w), _ = canvas.views(side**2)
     tokens = side**2 + h * w
     return Picture(patches=(1 + prod(canvas.crops), side, side), tokens=tokens, span=tokens + h)
@@ -254,7 +257,10 @@ def _next_video_vision(config: Any, grid: Grid) -> Vision:
 
 
 def _next_nominal(config: Any, modality: str) -> Picture:
-    return _usual_image(config) if modality == "image" else _usual_video(config, _next_pool(config), newline=False)
+    """An image of two by two crops, or eight frames."""
+    if modality == "video":
+        return _usual_video(config, _next_pool(config), newline=False)
+    return _sized(config, (2 * config.vision_config.image_size,) * 2, None)
 
 
 NEXT_IMAGES = Source(layout=_images, needs=("image_sizes",))
@@ -272,6 +278,7 @@ LLAVA_NEXT = Family(
     cls=True,
     crops=True,
     nominal=_next_nominal,
+    sized=_sized,
 )
 
 LLAVA_NEXT_VIDEO = dataclasses.replace(
@@ -317,10 +324,15 @@ def _onevision_video_vision(config: Any, grid: Grid) -> Vision:
     return vit_vision(config, grid, tokens=t * math.ceil(h / 2) * math.ceil(w / 2) + 1)
 
 
+def _onevision_sized(config: Any, size: tuple[int, int], most: int | None) -> Picture:
+    return _sized(config, size, most, lambda config: _at_most(config.vision_aspect_ratio))
+
+
 def _onevision_nominal(config: Any, modality: str) -> Picture:
+    """An image of two by two crops, or eight frames."""
     if modality == "video":
         return _usual_video(config, _halved, newline=True)
-    return _usual_image(config, _at_most(config.vision_aspect_ratio))
+    return _onevision_sized(config, (2 * config.vision_config.image_size,) * 2, None)
 
 
 LLAVA_ONEVISION = Family(
@@ -337,6 +349,7 @@ LLAVA_ONEVISION = Family(
     },
     crops=True,
     nominal=_onevision_nominal,
+    sized=_onevision_sized,
 )
 
 FAMILIES = (LLAVA_NEXT, LLAVA_NEXT_VIDEO, LLAVA_ONEVISION)

@@ -105,6 +105,7 @@ def _family(name: str) -> Family:
         sources={"image": Source(layout=_layout)},
         tiles=True,
         nominal=_nominal,
+        tiled=True,
     )
 
 

@@ -76,6 +76,7 @@ INTERNVL = Family(
     vision=_vision,
     sources={"image": Source(layout=merged_views, container="tensor")},
     cls=True,
+    tiled=True,
 )
 
 FAMILIES = (INTERNVL,)

@@ -8,13 +8,14 @@ of two axes; statistics are taken image by image. The masked pairs of different 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import ceil, floor
 from typing import Any
 
 import torch
 
 from vlmfast.families.base import Encoded, Family, Source, feature_block, merged_raster
 from vlmfast.families.clip import check_call
-from vlmfast.towers import Grid, Tower, Vision, vit_flops
+from vlmfast.towers import Grid, Picture, Tower, Vision, vit_flops
 from vlmfast.visual import VisualTokens
 
 
@@ -86,6 +87,16 @@ def _layout(encoded: Encoded) -> list[VisualTokens]:
     ]
 
 
+def _sized(config: Any, size: tuple[int, int], most: int | None) -> Picture:
+    """An image as its processor resizes it: the longest side at most the tower's, both whole merged patches."""
+    if most is not None:
+        raise NotImplementedError("mistral3 limits the longest side of an image, not its pixels")
+    merge, patch = config.spatial_merge_size, config.vision_config.patch_size
+    ratio = max(1.0, *(side / config.vision_config.image_size for side in size))
+    h, w = (ceil(floor(side / ratio) / (patch * merge)) for side in size)
+    return Picture(patches=(1, h * merge, w * merge), tokens=h * w, span=h * w)
+
+
 MISTRAL3 = Family(
     name="mistral3",
     blocks=("vision_tower.transformer.layers",),
@@ -95,6 +106,7 @@ MISTRAL3 = Family(
     tower=_tower,
     vision=_vision,
     sources={"image": Source(layout=_layout, needs=("image_sizes",), packed=_packed)},
+    sized=_sized,
 )
 
 FAMILIES = (MISTRAL3,)

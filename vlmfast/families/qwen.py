@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from vlmfast.families.base import Encoded, Family, Source, window_to_raster
-from vlmfast.towers import Grid, Tower, Vision, vit_flops
+from vlmfast.towers import Grid, Picture, Tower, Vision, vit_flops
 from vlmfast.visual import VisualTokens, mean_over, window_order
 
 
@@ -152,6 +152,22 @@ def _qwen3_vision(config: Any, grid: Grid) -> Vision:
     return _cost(config, grid, width=tower.hidden_size, ff=ff, matrices=2, out=out, mergers=mergers)
 
 
+def _sized(config: Any, size: tuple[int, int], most: int | None) -> Picture:
+    """An image as the processors resize it: sides in whole merged patches, from 4 to `most` pixels' worth of tokens.
+
+    most: None: 16,384 tokens, as the hub's processors have it (that of transformers without a file: 1,280).
+    """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    tower = config.vision_config
+    factor = tower.patch_size * tower.spatial_merge_size
+    height, width = smart_resize(
+        *size, factor=factor, min_pixels=4 * factor**2, max_pixels=16384 * factor**2 if most is None else most
+    )
+    tokens = height * width // factor**2
+    return Picture(patches=(1, height // tower.patch_size, width // tower.patch_size), tokens=tokens, span=tokens)
+
+
 def _family(name: str, vision: Callable[[Any, Grid], Vision], deepstack: bool = False, hybrid: bool = False) -> Family:
     return Family(
         name=name,
@@ -162,6 +178,7 @@ def _family(name: str, vision: Callable[[Any, Grid], Vision], deepstack: bool = 
         tower=_tower,
         vision=vision,
         sources={"image": IMAGE, "video": VIDEO},
+        sized=_sized,
         deepstack=deepstack,
         hybrid=hybrid,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_oracle import full_maps
-from test_promises import ROWS
+from test_promises import ROWS, snapshot
 from tiny import IMAGE, VIDEO, Vlm
 from tiny_others import TINY, build_gemma3
 
@@ -131,6 +131,21 @@ def test_the_branch_is_not_boosted(vlm, monkeypatch):
     assert [bool(call.visual.any()) for call in calls] == [True, False] * 3
     assert [call.prompt for call in calls] == [True, True, False, False, False, False]
     assert rescored == calls[::2]
+
+
+def test_a_contrast_alone_edits_no_attention(vlm):
+    """Layers run as they are, and another method may edit them."""
+    installed = []
+    for spec in ("m3id", "pai:alpha=0"):
+        with vlmfast.patch(vlm.model, spec) as handle:
+            state = snapshot(vlm.model)
+            installed.append([state[:2], *(one[:-1] for one in state[2:])])  # without the configs, copied each time
+    assert installed[0] == installed[1] and "edits the attention" not in str(handle.report())
+    inputs = vlm.prompts([[3, "a", 4]])
+    with vlmfast.patch(vlm.model, "zerotuning:gamma=4"):
+        expected = vlm.model(**inputs).logits
+    with vlmfast.patch(vlm.model, "zerotuning:gamma=4+pai:alpha=0"):
+        assert torch.equal(vlm.model(**inputs).logits, expected)
 
 
 def test_settings():

@@ -64,7 +64,10 @@ def keeps_the_short_promises(vlm, name):
     """The identity, a change, rows of a batch as if alone, generation, and nothing left behind."""
     inputs = vlm.prompts(ROWS)
     plain, before = vlm.model(**inputs).logits, snapshot(vlm.model)
+    with vlmfast.patch(vlm.model, "none"):
+        bare = snapshot(vlm.model)
     with vlmfast.patch(vlm.model, spec(name, vlm.name, NEUTRAL[name])):
+        assert snapshot(vlm.model) == bare, "the neutral setting installs nothing"
         assert torch.equal(vlm.model(**inputs).logits, plain), "the neutral setting is the identity"
     with vlmfast.patch(vlm.model, strong(name, vlm.name)) as handle:
         logits = vlm.model(**inputs).logits[:, -1]

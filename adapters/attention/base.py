@@ -15,7 +15,7 @@ from torch import Tensor
 from vlmfast.adapter import ATTENTION, Adapter
 from vlmfast.branches import BranchDoor, ImageFreeBranch
 from vlmfast.decoders import Attention, Sizes
-from vlmfast.edits import Call, EditsDoor
+from vlmfast.edits import Call, EditsDoor, attending_layers
 from vlmfast.layers.tokens import Placed
 from vlmfast.patching import Patch
 from vlmfast.ranges import which
@@ -70,6 +70,11 @@ class AttentionEdit(Adapter):
         """Whether these settings change nothing."""
         raise NotImplementedError(f"{type(self).__name__} does not implement neutral")
 
+    @property
+    def edits(self) -> bool:
+        """Whether they change any attention; a method may do something else beside."""
+        return not self.neutral
+
     def where(self, attends: Sequence[int], depth: int) -> Sequence[int]:
         """The layers to edit, of those that attend. Raises ValueError where there are none."""
         chosen, named = which(self.layers, depth)
@@ -90,12 +95,12 @@ class AttentionEdit(Adapter):
         raise NotImplementedError(f"{type(self).__name__} does not implement edit")
 
     def attach(self, patch: Patch) -> None:
-        """Install door 3 for the method's layers. Raises ValueError for layers or heads that there are not."""
-        door = EditsDoor.of(patch)
-        layers = self.where(door.attends, door.depth)
+        """Install door 3 where attention changes. Raises ValueError for layers or heads that there are not."""
+        decoder = patch.base.get_decoder()
+        layers = self.where(attending_layers(decoder), len(decoder.layers))
         self.check_decoder(patch.model.config.get_text_config(), layers)
-        if not self.neutral:
-            door.add(self)
+        if self.edits:
+            EditsDoor.of(patch).add(self)
 
     def check_decoder(self, text: Any, layers: Sequence[int]) -> None:
         """Raise ValueError where the settings do not fit the decoder. text: its config; layers: to be edited."""
@@ -164,21 +169,16 @@ class HeadEdit(AttentionEdit):
 class Boost(AttentionEdit):
     """What PAI and PAINT share: higher scores in the rows that decide on a token, beside a contrast with `gamma`.
 
-    A method has the settings gamma and plausibility, and says whether it `boosts` at all.
+    A method has the settings gamma and plausibility, and says whether it `edits` at all: whether any score rises.
     """
 
     gamma: float
     plausibility: float
 
     @property
-    def boosts(self) -> bool:
-        """Whether any score rises."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement boosts")
-
-    @property
     def neutral(self) -> bool:
         """No boost and no contrast."""
-        return not self.boosts and self.gamma == 1
+        return not self.edits and self.gamma == 1
 
     @property
     def branch(self) -> ImageFreeBranch:
@@ -186,7 +186,7 @@ class Boost(AttentionEdit):
         return ImageFreeBranch(self.name, self.gamma, self.plausibility)
 
     def attach(self, patch: Patch) -> None:
-        """Install door 3, and door 4 where there is a contrast."""
+        """Install door 3 where a score rises, and door 4 where there is a contrast."""
         super().attach(patch)
         if self.gamma != 1:
             BranchDoor(patch, self.branch)
@@ -194,6 +194,6 @@ class Boost(AttentionEdit):
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The last row again in every edited layer, and the image-free prompt through the decoder."""
         layers = model.decoder.layers
-        edited = self.where(attending(model), len(layers)) if self.boosts else ()
+        edited = self.where(attending(model), len(layers)) if self.edits else ()
         rows = sum(2 * layers[layer].statistic(1, picture.span + text) for layer in edited)
         return rows + (self.branch.prefill_flops(text, model) if self.gamma != 1 else 0)

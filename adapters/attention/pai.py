@@ -62,7 +62,7 @@ class PAI(Boost):
         self.branch  # noqa: B018  checks its settings
 
     @property
-    def boosts(self) -> bool:
+    def edits(self) -> bool:
         """Whether any score rises."""
         return self.alpha != 0
 
@@ -70,7 +70,7 @@ class PAI(Boost):
         """The rows that decide on a token, where they can see a picture."""
         skipped = self.parity == "official" and self.gamma != 1 and call.prompt
         rows = call.ends & call.visual.any(1, keepdim=True)
-        if self.alpha == 0 or skipped or not bool(rows.any()):
+        if skipped or not bool(rows.any()):
             return call.plain()
         rise = self.alpha * call.visual[:, None, None].float()
         return call.rescore(lambda scores: boosted(scores, rise), rows)

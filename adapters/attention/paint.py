@@ -117,13 +117,13 @@ class PAINT(Boost):
         return {} if family.cls else {"fallback": "received"}
 
     @property
-    def boosts(self) -> bool:
+    def edits(self) -> bool:
         """Whether a score rises."""
         return self.alpha != 0 or self.beta != 0
 
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """CLS rows of the first and the last layer but one; the attention received with the fallback, where needed."""
-        if not self.boosts:
+        if not self.edits:
             return {}
         if not tower.has_cls and self.fallback is None:
             raise NotImplementedError(
@@ -137,14 +137,12 @@ class PAINT(Boost):
     def attach(self, patch: Patch) -> None:
         """As `Boost.attach`, saying what stands for CLS where there is none."""
         super().attach(patch)
-        if self.boosts and not patch.tower.has_cls:
+        if self.edits and not patch.tower.has_cls:
             text = "paint: no CLS in this tower, the attention received from all patches used instead"
             patch.reporters.append(Remark(text))
 
     def marks(self, picture: Placed) -> Mapping[str, Tensor]:
         """The code of each token of a picture: 1 local, 2 summary."""
-        if not self.boosts:
-            return {}
         visual = picture.visual
         early, late = visual.scores["early"], visual.scores["late"]
         codes = torch.zeros(len(visual), dtype=torch.long, device=late.device)

@@ -43,6 +43,7 @@ from vlmfast.adapters.decoding.base import Decoding, number, pruner_of
 from vlmfast.branch_pictures import Attended, AttendedDoor, Glance, PicturesDoor, Scene, branch_flops, prompt_flops
 from vlmfast.branches import plausible
 from vlmfast.decoders import Attention, Sizes
+from vlmfast.edits import attending_layers
 from vlmfast.families import Family
 from vlmfast.layers.cache import window_of
 from vlmfast.matching import Matcher, caption, check_folder
@@ -241,7 +242,7 @@ class AGLA(Decoding):
         """Door 4. Raises ValueError for a folder that holds no BLIP."""
         if self.matcher == SELF:
             decoder, glance = patch.base.get_decoder(), Glance()
-            attends = [n for n, one in enumerate(decoder.layers) if getattr(one, "self_attn", None) is not None]
+            attends = attending_layers(decoder)
             whole = [n for n in attends if window_of(decoder.config, n) is None] or attends
             middle = min(whole, key=lambda n: abs(n - len(decoder.layers) // 2))
             AttendedDoor(patch, AttendedBranch(self, glance), float(self.part), middle, glance)

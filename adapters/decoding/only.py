@@ -35,6 +35,7 @@ from torch import Tensor
 
 from vlmfast.adapters.decoding.base import Decoding, number
 from vlmfast.decoders import Attention, Sizes
+from vlmfast.edits import attending_layers
 from vlmfast.layers.cache import window_of
 from vlmfast.patching import Patch
 from vlmfast.ranges import which
@@ -140,8 +141,7 @@ class ONLY(Decoding):
     def install(self, patch: Patch) -> None:
         """Door 4, and a look at one row of one layer's attention."""
         decoder = patch.base.get_decoder()
-        attends = [n for n, one in enumerate(decoder.layers) if getattr(one, "self_attn", None) is not None]
-        SidePath(patch, self, self.where(decoder.config, attends, len(decoder.layers)), MAIN)
+        SidePath(patch, self, self.where(decoder.config, attending_layers(decoder), len(decoder.layers)), MAIN)
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """One row again in one layer, and one token through a feed-forward net and the head."""

@@ -33,7 +33,7 @@ from vlmfast.visual import Score
 
 
 def attending_layers(decoder: Any) -> list[int]:
-    """The layers of a decoder that have attention; those of a hybrid decoder that hold one state of all tokens do not."""
+    """The layers of a decoder that have attention: of a hybrid one, not those that hold one state of all tokens."""
     return [n for n, one in enumerate(decoder.layers) if getattr(one, "self_attn", None) is not None]
 
 

@@ -6,6 +6,9 @@ load one of their adapters.
 
 PEFT keeps its methods in a closed enum without an entry point. `register` adds a member at run time, which is private
 to CPython's enum: tests/test_tuning_base.py watches over it.
+
+Adapters are made in fp32 and stay so under a model in half precision, whatever PEFT's `autocast_adapter_dtype` says:
+their forward computes in fp32 and returns what the model computes in. Small steps would be rounded away otherwise.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -95,30 +99,44 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def finish(self, adapter_name: str, config: Any) -> None:
-        """Put a new adapter where the base layer is, trainable if it is active."""
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        """Put a new adapter where the base layer is, in the precision it has, trainable if it is active."""
+        device = next((parameter.device for parameter in self.get_base_layer().parameters()), None)
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if device is None or device.type == "meta" or adapter_name not in held:
+                continue
+            item = held[adapter_name]
+            if not any(each.is_meta for each in ([item] if isinstance(item, torch.Tensor) else item.parameters())):
+                held[adapter_name] = item.to(device)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active(self, held: Any) -> list[str]:
         """The adapters that act now, of those in one of the dicts; none when they are disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in held]
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """NotImplementedError: most of these adapters are not linear in their input."""
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Asked of every layer before the first one is merged. NotImplementedError: most of these adapters are not
+        linear in their input. adapter_names: None: the active ones.
+        """
         raise NotImplementedError(
-            f"{type(self).__name__} cannot be merged into the weights: what it does depends on its input"
+            f"{type(self).__name__} cannot be merged into the weights: what it does depends on its input. Keep the "
+            "adapter beside the model (save_pretrained of the PEFT model) or take it off (unload)"
         )
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """NotImplementedError, as `check_merge`."""
+        self.check_merge(adapter_names)
+
     def unmerge(self) -> None:
-        """NotImplementedError, as `merge`."""
-        raise NotImplementedError(f"{type(self).__name__} is never merged")
+        """Nothing: an adapter that cannot be merged is not."""
 
 
 class Tuner(BaseTuner):
     """A PEFT tuner over a language model inside a VLM (or alone, where it needs no pictures).
 
-    places: names of the wrapped modules inside a decoder layer, by dots. sees: whether its layers are told which
-    tokens are visual, which needs a supported family.
+    places: names of the wrapped modules inside a decoder layer, by dots; layers that have none of them stay as they
+    are. sees: whether its layers are told which tokens are visual, which needs a supported family (`told`: for a
+    config).
     """
 
     target_module_mapping: dict[str, Any] = {}
@@ -135,6 +153,10 @@ class Tuner(BaseTuner):
         """
         return self.tuner_layer_cls(target, number, here)
 
+    def told(self, config: Any) -> bool:
+        """Whether the layers of an adapter are told which tokens are visual."""
+        return self.sees
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """The places of the tuner, where the user named none."""
         if peft_config.target_modules is None:
@@ -148,27 +170,44 @@ class Tuner(BaseTuner):
         return peft_config
 
     def expression(self, layers: Sequence[int] | int | None) -> str:
-        """The regular expression of the tuner's places in these layers. ValueError for a layer that there is not."""
-        decoder = self.model.get_decoder()
+        """The regular expression of the tuner's places in these layers.
+
+        ValueError for a layer that there is not or that has no such place; NotImplementedError where none has.
+        """
+        if not hasattr(self.model, "get_decoder") or not hasattr(decoder := self.model.get_decoder(), "layers"):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} has no decoder layers where {self.prefix.rstrip('_')} looks for them "
+                "(get_decoder().layers); name the modules as target_modules"
+            )
         depth = len(decoder.layers)
         numbers = [layers] if isinstance(layers, int) else layers
         wrong = [number for number in numbers or () if not 0 <= number < depth]
         if wrong or numbers is not None and not numbers:
             raise ValueError(f"layers_to_transform={layers}: the decoder has layers 0 to {depth - 1}")
+        there = {number: self.there(layer) for number, layer in enumerate(decoder.layers)}
+        names = sorted({place for places in there.values() for place in places})
+        if not names:
+            wanted = " or ".join(self.places_of(decoder.layers[0]))
+            raise NotImplementedError(
+                f"no decoder layer of {type(self.model).__name__} has {wanted}; name the modules as target_modules"
+            )
+        without = [number for number in numbers or () if not there[number]]
+        if without:
+            having = ", ".join(str(number) for number, places in there.items() if places)
+            raise ValueError(f"layers_to_transform: layers {without} have no {' or '.join(names)}; layers {having} do")
         name = next(name for name, module in self.model.named_modules() if module is decoder)
         layer = r"\d+" if numbers is None else f"(?:{'|'.join(map(str, sorted(numbers)))})"
-        places = "|".join(re.escape(place) for place in self.places_of(decoder.layers[0]))
-        return rf"(?:.*\.)?{re.escape(name)}\.layers\.{layer}\.(?:{places})"
+        inside = re.escape(f"{name}.layers." if name else "layers.")
+        return rf"(?:.*\.)?{inside}{layer}\.(?:{'|'.join(map(re.escape, names))})"
+
+    def there(self, layer: nn.Module) -> list[str]:
+        """Those of the tuner's places that a decoder layer has."""
+        inside = dict(layer.named_modules())
+        return [place for place in self.places_of(layer) if place in inside]
 
     def places_of(self, layer: nn.Module) -> Sequence[str]:
         """Names of the modules to wrap; families may name them differently."""
         return self.places
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        config = peft_config
-        if isinstance(config.target_modules, str):  # an expression says itself which layers
-            return re.fullmatch(config.target_modules, key)
-        return super()._check_target_module_exists(config, key)
 
     def _create_and_replace(
         self,
@@ -180,15 +219,17 @@ class Tuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config)
-            return
-        number = self.layer_of(current_key)
-        here = Modalities.of(self.model).layer(number) if self.sees and number is not None else None
-        if self.sees and here is None:
+        number, told = self.layer_of(current_key), self.told(peft_config)
+        if told and number is None:
             raise ValueError(
                 f"{current_key} is in no decoder layer; {peft_config.method} wraps {', '.join(self.places)}"
             )
+        here = Modalities.of(self.model).layer(number) if told and number is not None else None
+        if isinstance(target, self.tuner_layer_cls):
+            if target.here is None:
+                target.here = here
+            target.update_layer(adapter_name, peft_config)
+            return
         new = self.wrap(peft_config, target, number, here, current_key)
         if new is None:
             return
@@ -210,8 +251,29 @@ class Tuner(BaseTuner):
         """The name directly behind one of our dicts, however deep the adapter's own modules go."""
         return re.sub(rf"\.({re.escape(cls.prefix)}\w+)\.{re.escape(adapter_name)}(?=\.|$)", r".\1", key)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+    def check_merge(self, adapter_names: list[str] | None) -> None:
+        """Before anything changes: whether every layer can be merged."""
+        for layer in self.model.modules():
+            if isinstance(layer, TunerLayer):
+                layer.check_merge(adapter_names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT, all layers or none."""
+        self.check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self.check_merge(adapter_names)
+        else:
+            self.unmerge_adapter()  # the base as it was, also where an adapter is merged at the moment
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self.forget()
         return model
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vlmfast.adapters.decoding.agla import AGLA
 from vlmfast.adapters.decoding.deco import DeCo
 from vlmfast.adapters.decoding.dola import DoLa, divergences
+from vlmfast.adapters.decoding.m3id import M3ID, FadingBranch
 from vlmfast.adapters.decoding.only import ONLY, textual
 from vlmfast.adapters.decoding.opera import OPERA, Memory, OfficialEnded, mode
 from vlmfast.adapters.decoding.vcd import VCD, noisy, shares
@@ -71,7 +72,7 @@ IMAGE = range(35, 611)  # columns of the picture in the authors' prompt
 
 
 def only(case: Case, array: Arrays) -> Checks:
-    """One layer's attention to the text, or what becomes of both logits."""
+    """One layer's attention to the text, or what becomes of both logits, with M3ID where a step is named."""
     hyper = case["hyperparameters"]
     if "H" in hyper:
         shown = array("{}__in_scores").softmax(-1)
@@ -84,11 +85,14 @@ def only(case: Case, array: Arrays) -> Checks:
         yield "context", context, array("{}__out_context_cd")
         return
     weights = {name: hyper[name] for name in ("alpha_pos", "alpha_neg", "beta", "gamma")}
-    method = ONLY(**weights, parity="official")
+    method, step = ONLY(**weights, parity="official"), hyper["t"]
     logits, side = array("{}__in_logits"), array("{}__in_logits_alt")
     yield "difference", method.difference(logits, side)[0, 0], array("{}__out_tvd")
-    if hyper["t"] is None:
+    if step is None:
         yield "logits", method.combine(logits, side), array("{}__out_logits")
+    else:  # M3ID, the authors' baseline: `side` is the image-free prompt's, the rate their constant
+        fading = FadingBranch(M3ID(rate=0.02, beta=hyper["beta"]))
+        yield "m3id logits", fading.combine(logits, side, step), array("{}__out_logits")
 
 
 def vcd(case: Case, array: Arrays) -> Checks:

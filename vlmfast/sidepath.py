@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmfast.edits import Call, EditsDoor
 from vlmfast.edits.engine import masked_scores, weighted
+from vlmfast.modality import beside_the_prompts
 from vlmfast.patching import Patch
 from vlmfast.steps import Step, StepsDoor
 
@@ -88,9 +89,10 @@ class SidePath:
         context, main, last = self.context, step.hidden()[0], self.last
         self.context = self.gate = None
         assert context is not None
-        beside = last.input_layernorm(self.attention.o_proj(context[:, None]).to(main.device))
-        hidden = self.share * main.to(beside.device)[:, None] + beside
-        return step.norm(fed_forward(last, hidden)).transpose(0, 1)
+        with beside_the_prompts():
+            beside = last.input_layernorm(self.attention.o_proj(context[:, None]).to(main.device))
+            hidden = self.share * main.to(beside.device)[:, None] + beside
+            return step.norm(fed_forward(last, hidden)).transpose(0, 1)
 
     def scores(self, logits: Tensor, others: Tensor) -> Tensor:
         """What becomes of both logits; rows without a picture keep their own. [B, V], [1, B, V] -> [B, V]"""

@@ -56,8 +56,10 @@ def register(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> Non
 class TunerConfig(PeftConfig):
     """What the configs of all tuners have.
 
-    target_modules: names or a regular expression; None: the tuner's own places in the language model, never the vision
-        tower. layers_to_transform: decoder layers, None: all. exclude_modules, modules_to_save: as in PEFT.
+    target_modules: names (of modules in the decoder layers, for tuners that tell visual tokens from text) or a regular
+        expression; None: the tuner's own places in the language model, never the vision tower.
+    layers_to_transform: decoder layers, None: all.
+    exclude_modules, modules_to_save: as in PEFT.
     """
 
     method: ClassVar[str] = ""
@@ -209,6 +211,12 @@ class Tuner(BaseTuner):
         """Names of the modules to wrap; families may name them differently."""
         return self.places
 
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        """As in PEFT; names of modules are those in decoder layers, where the tuner must know the layer."""
+        found = super()._check_target_module_exists(peft_config, key)
+        named = not isinstance(peft_config.target_modules, str)
+        return found and not (named and self.told(peft_config) and self.layer_of(key) is None)
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -239,9 +247,13 @@ class Tuner(BaseTuner):
         setattr(parent, target_name, new)
 
     def layer_of(self, key: str) -> int | None:
-        """The number of the decoder layer that a module is in."""
-        found = re.search(r"\.layers\.(\d+)\.", key)
-        return None if found is None else int(found[1])
+        """The number of the decoder layer that a module is in; None: in none, as those of a vision tower."""
+        found = re.match(r"((?:.*?\.)?layers\.(\d+))\.", key)
+        if found is None or not hasattr(self.model, "get_decoder"):
+            return None if found is None else int(found[2])
+        layers = getattr(self.model.get_decoder(), "layers", ())
+        inside = any(self.model.get_submodule(found[1]) is layer for layer in layers)
+        return int(found[2]) if inside else None
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)

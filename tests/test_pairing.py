@@ -86,6 +86,31 @@ def test_the_same_as_two_forwards(any_vlm, way):
     assert snapshot(any_vlm.model) == before
 
 
+# Branches with a picture of their own: by the model's own attention, which is looked at in the prompts' forward alone.
+PICTURED = ["agla:matcher=self,part=0.3,beta=0.05", "vcd:branch=random/keep=0.5,beta=0.05"]
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("spec", [*PICTURED, f"zerotuning:gamma=4,layers=0+{PICTURED[0]}"])
+def test_branches_with_pictures(vlm, spec, way):
+    inputs, before = vlm.prompts(ROWS), snapshot(vlm.model)
+    expected, steps = generate(vlm, spec, False, inputs, **WAYS[way])
+    assert steps == [0, 5]
+    found, steps = generate(vlm, spec, True, inputs, **WAYS[way])
+    same(found, expected)
+    assert steps == [5, 0] and snapshot(vlm.model) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", PICTURED)
+def test_branches_with_pictures_on_every_family(any_vlm, spec):
+    inputs = any_vlm.prompts(ROWS)
+    expected, _ = generate(any_vlm, spec, False, inputs)
+    found, steps = generate(any_vlm, spec, True, inputs)
+    same(found, expected)
+    assert steps == ([0, 5] if any_vlm.name.startswith("qwen3_5") else [5, 0])
+
+
 @pytest.mark.parametrize("spec", ["random:keep=0.5", "zerotuning:gamma=4,layers=0", "act:layers=0", "var:layers=0"])
 @pytest.mark.parametrize("way", ["greedy", "beams"])
 def test_beside_other_methods(vlm, spec, way):

@@ -6,8 +6,9 @@ behind the prompts'. In the attention each goes its own way, with its own cache,
 not there. Nothing is padded to a common width, no key is copied, and what methods remember of either stays apart.
 
 A step is paired inside `generate` alone, when each row gets one token and the branch knows all that came before. Where
-a decoder keeps more than keys and values, a cache is of another kind, layers hold different columns, or a method wants
-hidden states of single layers, the branch has a forward of its own: what comes out is the same.
+a decoder keeps more than keys and values, a cache is of another kind, layers hold different columns, or a method looks
+at hidden states or attention of single layers meanwhile, the branch has a forward of its own: what comes out is the
+same.
 """
 
 from __future__ import annotations
@@ -197,12 +198,13 @@ class Pairing:
         return Pair(running, rows, cache) if running.follows(rows[:, :-1]) else None
 
     def _alone(self) -> bool:
-        """Whether nothing looks at hidden states of the decoder, which would take the branch's for the prompts'."""
+        """Whether nothing looks at hidden states or attention, which would take the branch's for the prompts'."""
         model = self.patch.model
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             return False
         doors = [one for one in model.__dict__[HANDLE].reporters if isinstance(one, EditsDoor)]
-        return not any(door.watchers or door.followed for door in doors)
+        looking = (watcher for door in doors for watcher in door.watchers.values())
+        return not any(watcher.active for watcher in looking) and not any(door.followed for door in doors)
 
     # --- hooks -------------------------------------------------------------------------------------------------
 

@@ -71,10 +71,10 @@ def _matrix(console: Console) -> None:
 
 
 def _tasks() -> Table:
-    from vlmfast.eval.tasks import TASKS, USAGES, chair, pope
+    from vlmfast.eval.tasks import NOVEL, TASKS, USAGES, chair, pope
 
     table = _table("Tasks", "name", "headline", "what is asked")
-    for name, task in TASKS.items():
+    for name, task in (TASKS | NOVEL).items():
         table.add_row(name, task.HEADLINE, " ".join((task.__doc__ or "").split("\n\n")[0].split()))
     for usage, module, cls in ((USAGES["pope"], pope, pope.Pope), (USAGES["chair"], chair, chair.Chair)):
         table.add_row(usage, cls.HEADLINE, " ".join((module.__doc__ or "").split("\n\n")[0].split()))

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -11,18 +11,21 @@ import numpy as np
 
 from vlmfast.eval.metrics import Totals, ratio
 from vlmfast.eval.tasks.files import pixels
+from vlmfast.eval.testbed import novel
 from vlmfast.eval.testbed.questions import Question, questions
 from vlmfast.eval.testbed.scenes import TEST_SCENES, Scene, Split, scene
 
 WORD = r"[a-z]+|\d+"  # in lower case
 IMAGES = 70  # images a task takes when no limit is given
+NOVEL = 10**5  # numbers of the scenes of `vlmfast.eval.testbed.novel` start here
 
 
 @dataclass(frozen=True)
 class Doc:
     """One question of a task about one image; `number` counts the task's questions on it.
 
-    scene: the scene of `split`; or the number that stands for `picture`, a file of the user's.
+    scene: the scene of `split`, from `NOVEL` on one of the new skill; or the number that stands for `picture`, a file
+    of the user's.
     """
 
     task: str
@@ -69,7 +72,10 @@ class Task(Protocol):
 
 @functools.lru_cache(maxsize=TEST_SCENES)
 def scene_and_questions(index: int, split: Split = "test") -> tuple[Scene, tuple[Question, ...]]:
-    """A scene and its questions; tasks share scenes."""
+    """A scene and its questions; tasks share scenes. index: from `NOVEL` on the scenes of the new skill."""
+    if index >= NOVEL:
+        shown = novel.scene(split, index - NOVEL)
+        return shown, tuple(novel.questions(shown, split, index - NOVEL))
     shown = scene(split, index)
     return shown, tuple(questions(shown, split, index))
 
@@ -81,16 +87,18 @@ def image(doc: Doc) -> np.ndarray:
     return scene_and_questions(doc.scene, doc.split)[0].image
 
 
-def documents(task: str, limit: int | None, seed: int, images: int = IMAGES, split: Split = "test") -> list[Doc]:
+def documents(
+    task: str, limit: int | None, seed: int, images: int = IMAGES, split: Split = "test", first: int = 0
+) -> list[Doc]:
     """All questions of a task on the first `limit` scenes that have any, in the order that `seed` draws.
 
     split: "test"; or "validation", for what is chosen by its scores: none of its scenes is a test scene. A smaller
     limit takes a part of what a larger one takes; None takes `images`. There are as many scenes to draw from as the
-    test split has: a limit above takes them all.
+    test split has: a limit above takes them all. first: number of the first of these scenes.
     """
     docs: list[Doc] = []
     left = images if limit is None else limit
-    for index in np.random.default_rng(seed).permutation(TEST_SCENES).tolist():
+    for index in (first + np.random.default_rng(seed).permutation(TEST_SCENES)).tolist():
         asked = [q for q in scene_and_questions(index, split)[1] if q.task == task]
         docs += [Doc(task, index, i, q.prompt, q.answer, q.subtask, q.info, split=split) for i, q in enumerate(asked)]
         left -= bool(asked)
@@ -111,14 +119,23 @@ def first(answer: str, known: Sequence[str]) -> str:
     return min(found)[1] if found else ""
 
 
-def right(correct: bool) -> dict[str, float]:
-    """The counts of a question that is answered rightly or wrongly."""
-    return {"asked": 1, "right": float(correct)}
+def right(correct: bool, subtask: str = "") -> dict[str, float]:
+    """The counts of a question that is answered rightly or wrongly, and the same under the name of its subtask."""
+    counts = {"asked": 1, "right": float(correct)}
+    return counts | {f"{name}/{subtask}": n for name, n in counts.items()} if subtask else counts
 
 
 def accuracy(totals: Totals) -> dict[str, np.ndarray]:
     """The share of right answers, of counts made by `right`."""
     return {"accuracy": ratio(totals["right"], totals["asked"])}
+
+
+def shares(totals: Totals, subtasks: Iterable[str]) -> dict[str, np.ndarray]:
+    """The accuracy, then that of each subtask that was asked: accuracy/subtask, of counts made by `right`."""
+    found = [name for name in subtasks if f"asked/{name}" in totals]
+    return accuracy(totals) | {
+        f"accuracy/{name}": ratio(totals[f"right/{name}"], totals[f"asked/{name}"]) for name in found
+    }
 
 
 def task_hash(task: Task, docs: Sequence[Doc]) -> str:

@@ -92,16 +92,16 @@ def scene(split: Split, index: int) -> Scene:
         raise ValueError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
     rng = np.random.default_rng((SPLITS.index(split) + 1, index))
     placed: list[Box] = []
-    image = _ground(rng)
-    digits = _put_digits(image, rng, split, placed) if rng.random() < 0.45 else ()
+    image = ground(rng)
+    digits = put_digits(image, rng, split, placed) if rng.random() < 0.45 else ()
     word = str(rng.choice(WORDS)) if rng.random() < 0.45 else None
-    word_box = _put_sign(image, rng, word, placed) if word else None
-    objects = _put_objects(image, rng, split, placed)
+    word_box = put_sign(image, rng, word, placed) if word else None
+    objects = put_objects(image, rng, _wanted(rng, split), placed)
     pixels = np.clip(image, 0, 255).astype(np.uint8)
     return Scene(pixels, objects, word if word_box else None, word_box, digits)
 
 
-def _ground(rng: np.random.Generator) -> np.ndarray:
+def ground(rng: np.random.Generator) -> np.ndarray:
     """A dim, weakly tinted texture [side, side, 3]."""
     bank = sprites.grounds(SIDE)
     texture = bank[rng.integers(len(bank))]
@@ -125,7 +125,8 @@ def _spot(rng: np.random.Generator, width: int, height: int, placed: list[Box], 
     return None
 
 
-def _put_digits(image: np.ndarray, rng: np.random.Generator, split: Split, placed: list[Box]) -> tuple[Digit, ...]:
+def put_digits(image: np.ndarray, rng: np.random.Generator, split: Split, placed: list[Box]) -> tuple[Digit, ...]:
+    """Paint a plate with one or two handwritten digits of the split at a free spot."""
     pool = sprites.digit_ids(split)
     images = tuple(int(i) for i in rng.choice(pool, 2 if rng.random() < 0.3 else 1))
     turn = 12.0 if split == "train" else 0.0
@@ -140,7 +141,8 @@ def _put_digits(image: np.ndarray, rng: np.random.Generator, split: Split, place
     )
 
 
-def _put_sign(image: np.ndarray, rng: np.random.Generator, word: str, placed: list[Box]) -> Box | None:
+def put_sign(image: np.ndarray, rng: np.random.Generator, word: str, placed: list[Box]) -> Box | None:
+    """Paint a word on its board at a free spot; None where there is none."""
     board, _ = sprites.sign(word)
     box = _spot(rng, board.shape[1], board.shape[0], placed)
     if box:
@@ -171,18 +173,27 @@ def _plan(rng: np.random.Generator, split: Split) -> list[tuple[str, int, bool]]
     return plan + [(category, 1, True) for category in hidden]
 
 
-def _put_objects(image: np.ndarray, rng: np.random.Generator, split: Split, placed: list[Box]) -> tuple[Object, ...]:
-    """Place and paint the planned objects, the big ones first; what finds no room is left out."""
-    wanted: list[tuple[int, str, str, Size, bool]] = []
+Wanted = tuple[int, str, str, Size, bool]  # side in pixels, category, colour, size, hidden
+
+
+def _wanted(rng: np.random.Generator, split: Split) -> list[Wanted]:
+    """The planned objects, each with its colour and size."""
+    wanted: list[Wanted] = []
     for category, many, hidden in _plan(rng, split):
         colour = COLOURS[rng.integers(len(COLOURS))]
         for _ in range(many):
             big = not hidden and rng.random() < 0.5
             side = int(rng.integers(9, 12) if hidden else rng.integers(28, 33) if big else rng.integers(17, 21))
             wanted.append((side, category, colour, "big" if big else "small", hidden))
-    wanted.sort(key=lambda w: -w[0])
+    return wanted
+
+
+def put_objects(
+    image: np.ndarray, rng: np.random.Generator, wanted: list[Wanted], placed: list[Box]
+) -> tuple[Object, ...]:
+    """Place and paint objects, the big ones first; what finds no room is left out."""
     objects = []
-    for side, category, colour, size, hidden in wanted:
+    for side, category, colour, size, hidden in sorted(wanted, key=lambda w: -w[0]):
         box = _spot(rng, side, side, placed)
         if box is None:
             continue

@@ -18,6 +18,9 @@ GLYPHS = {
     "castle": "♜", "horse": "♞", "anchor": "⚓", "wheel": "☸", "skull": "☠", "bolt": "⚡", "cup": "☕", "face": "☺",
     "plane": "✈", "flag": "⚑", "gear": "⚙", "cross": "✚", "note": "♫", "house": "⌂", "umbrella": "☂", "diamond": "♦",
 }  # fmt: skip
+NEW_GLYPHS = {  # of `vlmfast.eval.testbed.novel`: in no scene that the models were trained on
+    "snow": "❄", "hand": "☛", "soup": "♨", "tree": "♠", "moss": "☘", "coin": "⛃", "page": "☰", "fire": "✹",
+}  # fmt: skip
 RGB = {
     "red": (225, 35, 40), "green": (35, 170, 60), "blue": (45, 85, 245), "yellow": (250, 225, 40),
     "purple": (150, 50, 190), "orange": (250, 135, 25), "pink": (255, 150, 200), "white": (248, 248, 248),
@@ -37,8 +40,9 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 @cache
 def _glyph(category: str) -> Image.Image:
     """A pictogram at 96 px, cropped to its ink."""
+    glyph = GLYPHS[category] if category in GLYPHS else NEW_GLYPHS[category]
     canvas = Image.new("L", (288, 288), 0)
-    ImageDraw.Draw(canvas).text((96, 96), GLYPHS[category], font=_font("DejaVuSans", 96), fill=255)
+    ImageDraw.Draw(canvas).text((96, 96), glyph, font=_font("DejaVuSans", 96), fill=255)
     return canvas.crop(canvas.getbbox())
 
 

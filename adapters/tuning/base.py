@@ -185,7 +185,7 @@ class Tuner(BaseTuner):
         numbers = [layers] if isinstance(layers, int) else layers
         wrong = [number for number in numbers or () if not 0 <= number < depth]
         if wrong or numbers is not None and not numbers:
-            raise ValueError(f"layers_to_transform={layers}: the decoder has layers 0 to {depth - 1}")
+            raise ValueError(f"layers {wrong or layers}: the decoder has layers 0 to {depth - 1}")
         there = {number: self.there(layer) for number, layer in enumerate(decoder.layers)}
         names = sorted({place for places in there.values() for place in places})
         if not names:
@@ -196,7 +196,7 @@ class Tuner(BaseTuner):
         without = [number for number in numbers or () if not there[number]]
         if without:
             having = ", ".join(str(number) for number, places in there.items() if places)
-            raise ValueError(f"layers_to_transform: layers {without} have no {' or '.join(names)}; layers {having} do")
+            raise ValueError(f"layers {without} have no {' or '.join(names)}; layers {having} do")
         name = next(name for name, module in self.model.named_modules() if module is decoder)
         layer = r"\d+" if numbers is None else f"(?:{'|'.join(map(str, sorted(numbers)))})"
         inside = re.escape(f"{name}.layers." if name else "layers.")

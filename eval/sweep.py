@@ -97,11 +97,11 @@ def sweep(job: Job, notify: Notify) -> None:
 
 
 class Sweep:
-    """A loaded model with everything that the runs of a job share."""
+    """A loaded model with everything that the runs of a job share. loaded: model and processor, None: by the job."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, loaded: tuple[Any, Any] | None = None) -> None:
         self.job = job
-        self.model, processor = load_model(job.model, device=job.device, dtype=job.dtype)
+        self.model, processor = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
         self.prompts = Prompts(processor, self.model.device, self.model.dtype)
         self.depth = self.model.config.get_text_config().num_hidden_layers
         self.tasks = choose(list(job.hashes))

@@ -1,0 +1,85 @@
+"""The command line of `scripts/finetune.py`."""
+
+import json
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from vlmfast.eval.finetune.training import Arguments, Outcome, Training, finetune
+from vlmfast.families.base import did_you_mean
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """ValueError, where argparse would print every option there is."""
+        raise ValueError(f"{message} (--help lists all options)")
+
+
+def parsed(words: Sequence[str], about: str = "") -> tuple[Arguments, TrainingArguments]:
+    """The arguments of a command line, or of the one JSON or YAML file that it names. ValueError for a wrong one."""
+    kinds: Any = (Arguments, Training)
+    parser = Parser(
+        kinds, prog="finetune.py", description=about, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
+    )
+    options = [option for action in parser._actions for option in action.option_strings]
+    if len(words) == 1 and Path(words[0]).suffix in (".json", ".yaml", ".yml"):
+        return _from_file(Path(words[0]), parser, options)
+    arguments, training, left = parser.parse_args_into_dataclasses(
+        list(words), return_remaining_strings=True, look_for_args_file=False
+    )
+    unknown = next((word for word in left if word.startswith("-")), left[0] if left else None)
+    if unknown is not None:
+        raise ValueError(f"unknown option {unknown}{did_you_mean(unknown, options)}; --help lists all options")
+    return arguments, training
+
+
+def _from_file(path: Path, parser: Parser, options: Sequence[str]) -> tuple[Arguments, TrainingArguments]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of options {path}")
+    if path.suffix == ".json":
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+    else:
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no options by name")
+    known = {option.lstrip("-") for option in options}
+    for name in values:
+        if name not in known:
+            raise ValueError(f"{path}: unknown option {name!r}{did_you_mean(str(name), known)}")
+    for name in ("model", "data", "output_dir"):
+        if name not in values:
+            raise ValueError(f"{path}: {name} is missing")
+    arguments, training = parser.parse_dict(values)
+    return arguments, training
+
+
+def run(words: Sequence[str], about: str = "") -> Outcome:
+    """Fine-tune as a command line says, and tell where the result is."""
+    arguments, training = parsed(words, about)
+    outcome = finetune(arguments, training)
+    if training.process_index == 0:
+        share = outcome.trainable / outcome.parameters
+        print(f"\n{outcome.trainable} of {outcome.parameters} parameters were trained ({share:.2%})")
+        for name, value in outcome.metrics.items():
+            print(f"  {name:32s} {value:.6g}" if isinstance(value, float) else f"  {name:32s} {value}")
+        name = "--model" if training_is_full(arguments) else f"--model {arguments.model} --adapter"
+        print(f"folder  {outcome.folder}\nnext    vlmfast eval {name} {outcome.folder}")
+    return outcome
+
+
+def training_is_full(arguments: Arguments) -> bool:
+    """Whether the folder holds a whole model and no adapter."""
+    return arguments.tuner.partition(":")[0].strip() == "full"

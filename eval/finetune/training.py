@@ -1,0 +1,387 @@
+"""`finetune`: supervised fine-tuning of a VLM by HF Trainer, on one process or many, resumable at any checkpoint.
+
+A folder holds one run. `vlmfast_finetune.json` is written when it starts and again, with its results, when it ends:
+command, versions, hashes of model and data, tuner, method, trainable parameters. A run goes on only from checkpoints
+that were made with the same model, data, tuner and method.
+"""
+
+import copy
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from vlmfast.adapters import from_spec, to_spec
+from vlmfast.eval.environment import describe
+from vlmfast.eval.finetune.collate import Collator, fitting
+from vlmfast.eval.finetune.data import Samples, load_samples
+from vlmfast.eval.finetune.evaluating import Pruning, TaskEvaluation
+from vlmfast.eval.finetune.tuners import FULL, Tuning, apply, parse, trainable
+from vlmfast.eval.models import DTYPES, load_model, model_folder, model_hash
+from vlmfast.eval.results import write_atomic
+from vlmfast.eval.runner import check_specs
+from vlmfast.eval.tasks import choose
+from vlmfast.families.base import did_you_mean
+
+logger = logging.get_logger("vlmfast.finetune")
+FILE = "vlmfast_finetune.json"
+TOO_LONG = ("raise", "drop")
+# What a run must agree on with the checkpoints it goes on from, and what else changes the result.
+IDENTITY = ("model_hash", "data_hash", "tuner", "method", "max_length", "dtype", "processes")
+SCHEDULE = (
+    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
+)  # fmt: skip
+
+
+@dataclass
+class Arguments:
+    """What is tuned, on what, and how. TrainingArguments says the rest."""
+
+    model: str = field(metadata={"help": "Hugging Face id, folder, testbed:llava or testbed:qwen2_5_vl."})
+    data: str = field(
+        metadata={"help": "File (.jsonl, .json, .parquet), folder of images with metadata.jsonl, hub id."}
+    )
+    tuner: str = field(default="lora", metadata={"help": "lora, lofit, ... or full, such as lora:r=8,lora_alpha=16."})
+    method: str = field(
+        default="none", metadata={"help": "Active while training, such as hiprune:keep=0.33; what is saved is clean."}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Image files are relative to this folder (default: to the data file's)."}
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a data set of the hub."})
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the hub."})
+    eval_data: str | None = field(default=None, metadata={"help": "More data, for the loss while training."})
+    eval_split: str = field(default="train", metadata={"help": "Its split, if it is of the hub."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens; nothing is cut."})
+    too_long: str = field(default="raise", metadata={"help": "What longer ones do: raise (an error) or drop (told)."})
+    eval_tasks: str | None = field(
+        default=None, metadata={"help": "vlmfast's tasks asked while training, such as existence,colour."}
+    )
+    eval_limit: int = field(default=20, metadata={"help": "Images a task."})
+    eval_batch: int = field(default=32, metadata={"help": "Questions at a time."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the weights: float32, bfloat16, float16; auto: bfloat16 for adapters where it works."},
+    )
+
+
+@dataclass
+class Training(TrainingArguments):
+    """TrainingArguments with defaults that suit adapters of VLMs. All its options work as ever."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run; one run a folder."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "The initial learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every X steps."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where logs go besides."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Always False here."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Logits of a whole data set fit nowhere."})
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing: the folder of the run")
+        if self.eval_steps and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+            self.eval_strategy = "steps"  # type: ignore[assignment]  # it is asked for
+        super().__post_init__()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    folder: adapter (or model), processor, vlmfast_finetune.json. metrics: of training and of the last evaluation;
+    history: everything logged. trainable, parameters: numbers trained, and all. model: unpatched, in evaluation mode.
+    """
+
+    folder: Path
+    metrics: dict[str, float]
+    history: list[dict[str, Any]]
+    trainable: int
+    parameters: int
+    model: Any
+    processor: Any
+
+
+class _Trainer(Trainer):
+    """A Trainer whose evaluations ask tasks, too. tasks: model -> metrics, None: no tasks."""
+
+    def __init__(self, *args: Any, tasks: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tasks = tasks
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever, with the tasks' scores among the metrics."""
+        output = super().evaluation_loop(*args, **kwargs)
+        output.metrics.update(self.scores(kwargs.get("metric_key_prefix", "eval")))
+        return output
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As ever; the tasks alone where there is no data to evaluate on."""
+        if eval_dataset or self.eval_dataset:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = self.scores(metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def last_evaluation(self) -> dict[str, float]:
+        """The metrics of the final weights: of the evaluation after the last step, or of one now."""
+        logged = [one for one in self.state.log_history if any(name.startswith("eval_") for name in one)]
+        if not logged or logged[-1]["step"] != self.state.global_step or self.args.load_best_model_at_end:
+            return self.evaluate()
+        return {name: value for name, value in logged[-1].items() if name.startswith("eval_")}
+
+    def scores(self, prefix: str) -> dict[str, float]:
+        """The tasks' scores, of the main process, on every process."""
+        from accelerate.utils import broadcast_object_list
+
+        if self.tasks is None:
+            return {}
+        found = [self.tasks(self.model) if self.args.process_index == 0 else {}]
+        broadcast_object_list(found)
+        return {f"{prefix}_{name}": value for name, value in found[0].items()}
+
+
+def finetune(arguments: Arguments, training: TrainingArguments) -> Outcome:
+    """Tune a model and write the folder of the run, `training.output_dir`.
+
+    Raises
+    ------
+    ValueError, TypeError, NotImplementedError: arguments or records that cannot be, and a folder that holds another
+    run; OSError: files that are not there. All this before weights are loaded, but for records that are too long and
+    settings of a tuner that do not fit the model.
+    """
+    plan = Plan.of(arguments, training)
+    return plan.run()
+
+
+@dataclass
+class Plan:
+    """Everything about a run that was checked before weights are loaded."""
+
+    arguments: Arguments
+    training: TrainingArguments
+    tuning: Tuning
+    method: str
+    tasks: list[str]
+    folder: Path
+    data: Samples
+    eval_data: Samples | None
+    dtype: str
+    record: dict[str, Any]
+    checkpoint: str | None
+
+    @classmethod
+    def of(cls, arguments: Arguments, training: TrainingArguments) -> "Plan":
+        """Check everything that can be checked without weights."""
+        training = prepared(training)
+        tuning, method = parse(arguments.tuner), to_spec(from_spec(arguments.method))
+        if arguments.too_long not in TOO_LONG:
+            hint = did_you_mean(arguments.too_long, TOO_LONG)
+            raise ValueError(f"too_long={arguments.too_long!r}{hint}; there are {', '.join(TOO_LONG)}")
+        for name, value in (("max_length", arguments.max_length), ("eval_limit", arguments.eval_limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more; got {value}")
+        tasks = [name.strip() for name in (arguments.eval_tasks or "").split(",") if name.strip()]
+        if tasks:
+            choose(tasks)
+            if training.fsdp or training.deepspeed:
+                raise NotImplementedError("eval_tasks with fsdp or deepspeed: no process holds the whole model")
+        elif training.eval_strategy != "no" and arguments.eval_data is None:
+            raise ValueError("there is nothing to evaluate: name eval_tasks or eval_data, or leave eval_steps out")
+        dtype = dtype_of(arguments.dtype, tuning, training)
+        if "+adapter=" in arguments.model:
+            raise ValueError(f"{arguments.model}: an adapter is tuned on a model without another one")
+        folder = model_folder(arguments.model)
+        check_specs(arguments.model, folder, [method])
+        data = load_samples(
+            arguments.data,
+            split=arguments.data_split,
+            config=arguments.data_config,
+            image_folder=arguments.image_folder,
+        )
+        data_hash, eval_data = data.check(), None
+        if arguments.eval_data is not None:
+            eval_data = load_samples(
+                arguments.eval_data, split=arguments.eval_split, image_folder=arguments.image_folder
+            )
+            eval_data.check()
+        record = {
+            "complete": False,
+            "command": shlex.join(sys.argv),
+            "model": arguments.model,
+            "model_hash": model_hash(folder),
+            "tuner": str(tuning),
+            "method": method,
+            "pruned_in_training": any(adapter.drops for adapter in from_spec(method)),
+            "data": arguments.data,
+            "data_hash": data_hash,
+            "records": len(data),
+            "max_length": arguments.max_length,
+            "dtype": dtype,
+            "processes": training.world_size,
+            "training": {name: _plain(getattr(training, name)) for name in SCHEDULE},
+            "versions": describe("cpu" if training.device.type == "cpu" else str(training.device)),
+        }
+        checkpoint = _checkpoint(training, record)
+        return cls(arguments, training, tuning, method, tasks, folder, data, eval_data, dtype, record, checkpoint)
+
+    def run(self) -> Outcome:
+        """Load the model, train, save."""
+        main, arguments, training = self.training.process_index == 0, self.arguments, self.training
+        set_seed(training.seed)  # adapters begin at random
+        model, processor = load_model(arguments.model, dtype=self.dtype)
+        collator = Collator(processor)
+        data = self.data
+        if arguments.max_length is not None:
+            data, dropped = fitting(data, collator, arguments.max_length, arguments.too_long)
+            self.record |= {"records_dropped": len(dropped), "records": len(data)}
+            if dropped and main:
+                logger.warning(f"{len(dropped)} records are longer than {arguments.max_length} tokens and left out")
+        model = apply(self.tuning, model)
+        learns, numbers = trainable(model)
+        if not learns:
+            raise ValueError(f"tuner {self.tuning}: there is nothing to train")
+        self.record |= {"trainable_parameters": learns, "parameters": numbers}
+        if main:
+            self.write()
+        pruning = Pruning(model, self.method)
+        evaluation = None
+        if self.tasks:
+            evaluation = TaskEvaluation(
+                self.tasks,
+                arguments.model,
+                processor,
+                pruning,
+                limit=arguments.eval_limit,
+                batch=arguments.eval_batch,
+                seed=training.seed,
+            )
+        trainer = _Trainer(
+            model=model,
+            args=training,
+            data_collator=collator,
+            train_dataset=cast(Any, data),
+            eval_dataset=cast(Any, self.eval_data if self.eval_data is not None else ({} if self.tasks else None)),
+            processing_class=processor,
+            tasks=evaluation,
+        )
+        pruning.start()
+        try:
+            result = trainer.train(resume_from_checkpoint=self.checkpoint)
+            metrics = dict(result.metrics)
+            if self.tasks or self.eval_data is not None:
+                metrics |= trainer.last_evaluation()
+        finally:
+            pruning.stop()
+        trainer.save_model()
+        trainer.save_state()
+        if main:
+            self.record |= {"complete": True, "steps": trainer.state.global_step, "metrics": metrics}
+            self.write()
+        return Outcome(
+            Path(cast(str, training.output_dir)),
+            metrics,
+            trainer.state.log_history,
+            learns,
+            numbers,
+            model.eval(),
+            processor,
+        )
+
+    def write(self) -> None:
+        """Write what is known of the run."""
+        folder = Path(cast(str, self.training.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / FILE, json.dumps(self.record, indent=1) + "\n")
+
+
+def prepared(training: TrainingArguments) -> TrainingArguments:
+    """A copy of the arguments with what a VLM cannot do without."""
+    training = copy.copy(training)
+    training.remove_unused_columns = False  # samples are conversations, not columns
+    training.label_names = training.label_names or ["labels"]  # a PEFT model's forward does not tell
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = False
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+        if hasattr(training, name):
+            setattr(training, name, {"use_reentrant": False} | (getattr(training, name) or {}))
+    return training
+
+
+def dtype_of(asked: str, tuning: Tuning, training: TrainingArguments) -> str:
+    """The type of the weights. auto: bfloat16 where adapters go on top and the device computes it, else float32."""
+    if asked in DTYPES:
+        return asked
+    if asked != "auto":
+        names = ["auto", *DTYPES]
+        raise ValueError(f"unknown dtype {asked!r}{did_you_mean(asked, names)}; there are {', '.join(names)}")
+    able = training.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if able and tuning.name != FULL and not training.fp16 else "float32"
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _checkpoint(training: TrainingArguments, record: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from, None: from the start. ValueError where the folder holds something else."""
+    folder = Path(cast(str, training.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--output_dir {folder} is a file")
+    asked = training.resume_from_checkpoint
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    stored = _stored(folder / FILE)
+    if asked is None or str(asked).lower() in ("false", "none", ""):
+        if stored is not None and stored.get("complete"):
+            raise ValueError(f"{folder} holds a finished run ({stored.get('command')}): choose another --output_dir")
+        if last is not None:
+            raise ValueError(
+                f"{folder} has checkpoints, the last is {Path(last).name}: add --resume_from_checkpoint true to go on "
+                "from there, or choose another --output_dir"
+            )
+        return None
+    if str(asked).lower() in ("true", "last"):
+        if last is None:
+            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
+        checkpoint = last
+    else:
+        checkpoint = str(asked)
+        if not (Path(checkpoint) / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: it is no folder of a checkpoint")
+        stored = _stored(Path(checkpoint).parent / FILE)
+    if stored is None:
+        return checkpoint
+    words = [
+        f"{name} {stored.get(name)} (now {record[name]})" for name in IDENTITY if stored.get(name) != record[name]
+    ]
+    if words:
+        raise ValueError(f"{checkpoint} was made with {'; '.join(words)}: choose another --output_dir")
+    old = stored.get("training", {})
+    other = [f"{n} {old.get(n)} (now {v})" for n, v in record["training"].items() if old.get(n) != v]
+    if other:
+        logger.warning(f"{checkpoint} was made with {'; '.join(other)}: the result is not that of one run")
+    return checkpoint
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """What a folder tells of its run. ValueError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError("no JSON object")
+        return stored
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another --output_dir") from None

@@ -33,6 +33,7 @@ import parity_decoding  # noqa: E402
 import parity_layers  # noqa: E402
 import parity_scores  # noqa: E402
 import parity_selection  # noqa: E402
+import parity_tuning  # noqa: E402
 
 TOLERANCE = 1e-5
 Case = dict[str, Any]
@@ -134,6 +135,7 @@ SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
     **parity_layers.SETS,
     **parity_scores.SETS,
     **parity_selection.SETS,
+    **parity_tuning.SETS,
 }
 
 

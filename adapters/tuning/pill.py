@@ -28,7 +28,7 @@ keys and are mixed with their neighbours' before anything attends. In mixtures o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -98,22 +98,52 @@ def idle(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class PillLayer(TunerLayer):
-    """A module with a part of PILL around it."""
+    """A module with a part of PILL around it. configs: by adapter."""
 
+    other_param_names = ("configs",)
     frozen: tuple[str, ...] = ()  # in the alignment stage
 
-    def begin(self, adapter_name: str, config: PillConfig) -> None:
-        """Call once the dicts are filled."""
-        names = {name: held for name, held in self.frozen_peft_weight_names.items() if name != adapter_name}
-        self.frozen_peft_weight_names = names  # PEFT keeps these frozen whenever it makes an adapter trainable
-        if config.stage == "alignment" and self.frozen:
-            names[adapter_name] = self.frozen
-        self.finish(adapter_name, config)
+    def __init__(self, base_layer: Any, number: int | None, here: Here | None) -> None:
+        super().__init__(base_layer, number, here)
+        self.configs: dict[str, PillConfig] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict({}))
+
+    def aligns(self, name: str) -> bool:
+        """Whether an adapter is in the alignment stage."""
+        return self.configs[name].stage == "alignment"
 
     @property
     def learns(self) -> bool:
         """Whether a graph is being built for training."""
         return self.training and torch.is_grad_enabled()
+
+    def parts_of(self, config: PillConfig) -> Mapping[str, nn.Module]:
+        """New modules of an adapter, by dict."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement parts_of")
+
+    def update_layer(self, adapter_name: str, config: PillConfig) -> None:
+        """Add an adapter."""
+        self.configs[adapter_name] = config
+        for name, part in self.parts_of(config).items():
+            getattr(self, name)[adapter_name] = part
+        self.finish(adapter_name, config)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As in PEFT; what an adapter's stage freezes stays frozen."""
+        super().set_adapter(adapter_names, inference_mode)
+        self.freeze()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As `set_adapter`."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self.freeze()
+
+    def freeze(self) -> None:
+        """What adapters in the alignment stage do not train."""
+        for name in filter(self.aligns, self.configs):
+            for held in self.frozen:
+                getattr(self, held)[name].requires_grad_(False)
 
 
 class PillInput(PillLayer):
@@ -121,45 +151,35 @@ class PillInput(PillLayer):
 
     adapter_layer_names = ("pill_attn",)
     frozen = ("pill_attn",)
+    pill_attn: nn.ModuleDict
 
-    def __init__(self, base_layer: Any, number: int | None, here: Here | None) -> None:
-        super().__init__(base_layer, number, here)
-        self.pill_attn = nn.ModuleDict({})
-
-    def update_layer(self, adapter_name: str, config: PillConfig) -> None:
-        """Add an adapter."""
-        self.pill_attn[adapter_name] = Glu(width_of(self.get_base_layer()), config.r)
-        self.begin(adapter_name, config)
+    def parts_of(self, config: PillConfig) -> Mapping[str, nn.Module]:
+        """The adapter."""
+        return {"pill_attn": Glu(width_of(self.get_base_layer()), config.r)}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
         normed: Tensor = self.base_layer(hidden)
-        return sum((self.pill_attn[name](normed) for name in self.active(self.pill_attn)), start=normed)
+        added = [self.pill_attn[name](normed) for name in self.active(self.pill_attn)]
+        return sum(added, start=normed)
 
 
 class PillExperts(PillLayer):
-    """The norm before the feed-forward net, and the experts behind it.
-
-    exchanged: by adapter, whether the visual expert runs on text and the other way round.
-    """
+    """The norm before the feed-forward net, and the experts behind it. last: in the last layer."""
 
     adapter_layer_names = ("pill_visual", "pill_text")
-    other_param_names = ("exchanged",)
     frozen = ("pill_text",)
+    pill_visual: nn.ModuleDict
+    pill_text: nn.ModuleDict
 
     def __init__(self, base_layer: Any, number: int | None, here: Here | None, last: bool) -> None:
         super().__init__(base_layer, number, here)
-        self.pill_visual, self.pill_text = nn.ModuleDict({}), nn.ModuleDict({})
-        self.exchanged: dict[str, bool] = {}
         self.last = last
 
-    def update_layer(self, adapter_name: str, config: PillConfig) -> None:
-        """Add an adapter."""
+    def parts_of(self, config: PillConfig) -> Mapping[str, nn.Module]:
+        """The experts."""
         width = width_of(self.get_base_layer())
-        self.pill_visual[adapter_name] = Glu(width, config.r)
-        self.pill_text[adapter_name] = Glu(width, config.r)
-        self.exchanged[adapter_name] = self.last and config.stage == "alignment"
-        self.begin(adapter_name, config)
+        return {name: Glu(width, config.r) for name in self.adapter_layer_names}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, Q, D] -> [B, Q, D]"""
@@ -169,12 +189,12 @@ class PillExperts(PillLayer):
             return normed
         assert self.here is not None
         places = self.here.places(normed)
-        return sum((self.expert(name, normed, places) for name in names), start=normed)
+        return sum((self.added(name, normed, places) for name in names), start=normed)
 
-    def expert(self, name: str, normed: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
-        """What an adapter adds. [B, Q, D] -> [B, Q, D]"""
+    def added(self, name: str, normed: Tensor, places: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What an adapter's experts add. [B, Q, D] -> [B, Q, D]"""
         visual, text = self.pill_visual[name], self.pill_text[name]
-        if self.exchanged[name]:
+        if self.last and self.aligns(name):
             visual, text = text, visual
         if places is None:
             added: Tensor = text(normed)
@@ -185,36 +205,26 @@ class PillExperts(PillLayer):
 
 
 class PillGate(PillLayer):
-    """The projection to the values, gated at visual tokens by what it is given.
-
-    shifted: by adapter, whether the gate is 1 + tanh; skipped: whether there is none for now. heads: with values of
-    their own.
-    """
+    """The projection to the values, gated at visual tokens by what it is given. heads: that have values."""
 
     adapter_layer_names = ("pill_gate",)
-    other_param_names = ("shifted", "skipped")
     frozen = ("pill_gate",)
+    pill_gate: nn.ModuleDict
 
     def __init__(self, base_layer: Any, number: int | None, here: Here | None, heads: int) -> None:
         super().__init__(base_layer, number, here)
-        self.pill_gate = nn.ModuleDict({})
-        self.shifted: dict[str, bool] = {}
-        self.skipped: dict[str, bool] = {}
         self.heads = heads
 
-    def update_layer(self, adapter_name: str, config: PillConfig) -> None:
-        """Add an adapter."""
+    def parts_of(self, config: PillConfig) -> Mapping[str, nn.Module]:
+        """The gate, shut in the authors' form and open in ours."""
         gate = nn.Linear(self.get_base_layer().in_features, self.heads, bias=False)
         nn.init.zeros_(gate.weight)
-        self.pill_gate[adapter_name] = gate
-        self.shifted[adapter_name] = config.gate_init == "identity"
-        self.skipped[adapter_name] = config.stage == "alignment"
-        self.begin(adapter_name, config)
+        return {"pill_gate": gate}
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, Q, D] -> [B, Q, H d]"""
         values: Tensor = self.base_layer(hidden)
-        names = [name for name in self.active(self.pill_gate) if not self.skipped[name]]
+        names = [name for name in self.active(self.pill_gate) if not self.aligns(name)]
         if not names:
             return values
         assert self.here is not None
@@ -222,16 +232,16 @@ class PillGate(PillLayer):
         if places is None:
             return sum((idle(self.pill_gate[name], hidden) for name in names if self.learns), start=values)
         flat, at_visual = values.flatten(0, -2), places[0]
-        told, kept = hidden.flatten(0, -2)[at_visual], flat[at_visual].unflatten(-1, (self.heads, -1))
+        told, gated = hidden.flatten(0, -2)[at_visual], flat[at_visual].unflatten(-1, (self.heads, -1))
         for name in names:
-            kept = kept * self.gate(name, told)[..., None].to(kept.dtype)
-        return flat.index_copy(0, at_visual, kept.flatten(1)).view_as(values)
+            gated = gated * self.gate(name, told)[..., None].to(gated.dtype)
+        return flat.index_copy(0, at_visual, gated.flatten(1)).view_as(values)
 
     def gate(self, name: str, hidden: Tensor) -> Tensor:
         """What an adapter multiplies the values with. [V, D] -> [V, H]"""
-        gate = self.pill_gate[name]
-        opened = torch.tanh(gate(hidden.to(gate.weight.dtype)))
-        return 1 + opened if self.shifted[name] else opened
+        linear: Any = self.pill_gate[name]
+        opened = torch.tanh(linear(hidden.to(linear.weight.dtype)))
+        return 1 + opened if self.configs[name].gate_init == "identity" else opened
 
 
 def width_of(norm: Any) -> int:

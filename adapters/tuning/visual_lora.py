@@ -136,7 +136,7 @@ class VisualLoraModel(Tuner):
         """ValueError for what is no projection."""
         if not hasattr(target, "in_features") or not hasattr(target, "out_features"):
             raise ValueError(f"{key}: visual_lora wraps linear layers, {type(target).__name__} is none")
-        return super().wrap(config, target, number, here, key)  # type: ignore[return-value]
+        return super().wrap(config, target, number, here, key)
 
 
 register("visual_lora", VisualLoraConfig, VisualLoraModel)

@@ -14,10 +14,11 @@ except ImportError as error:
 from vlmfast.adapters.tuning.base import TunerConfig
 from vlmfast.adapters.tuning.lofit import LofitConfig
 from vlmfast.adapters.tuning.pill import PillConfig
+from vlmfast.adapters.tuning.slime import SlimeConfig
 from vlmfast.adapters.tuning.visual_lora import VisualLoraConfig
 
-__all__ = ["TUNERS", "LofitConfig", "PillConfig", "VisualLoraConfig"]
+__all__ = ["TUNERS", "LofitConfig", "PillConfig", "SlimeConfig", "VisualLoraConfig"]
 
 TUNERS: dict[str, type[TunerConfig]] = {
-    config.method: config for config in (LofitConfig, PillConfig, VisualLoraConfig)
+    config.method: config for config in (LofitConfig, PillConfig, SlimeConfig, VisualLoraConfig)
 }

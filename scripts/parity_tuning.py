@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from vlmfast.adapters.tuning import PillConfig
+from vlmfast.adapters.tuning import LofitConfig, PillConfig, SlimeConfig
+from vlmfast.adapters.tuning.lofit import LofitLayer, head_norms, penalty, select_heads, strongest
+from vlmfast.adapters.tuning.slime import SlimeLayer
 
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]
@@ -109,4 +112,112 @@ PILL_NAMES = {  # the authors' names of a block's weights, and ours
 }
 
 
-SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"pill": pill}
+def fill(module: nn.Module, **values: Tensor) -> None:
+    """Put arrays into parameters by their names. ValueError for a shape that does not fit."""
+    parameters = dict(module.named_parameters())
+    for name, value in values.items():
+        path = name.replace("__", ".")
+        if parameters[path].shape != value.shape:
+            raise ValueError(f"{path} is {tuple(parameters[path].shape)}, the golden one {tuple(value.shape)}")
+        parameters[path].data = value.clone()
+
+
+# --- LoFiT ---------------------------------------------------------------------------------------------------------
+
+
+def lofit(case: Case, array: Arrays) -> Checks:
+    """An attention block without, with A, v and both; the ranking of heads; the L1 term."""
+    hyper = case["hyper"]
+    heads, width, hidden = hyper["heads"], hyper["head_dim"], array("in_hidden")
+    config = LlamaConfig(
+        hidden_size=hidden.shape[-1],
+        num_attention_heads=heads,
+        num_key_value_heads=hyper["kv_heads"],
+        head_dim=width,
+        attn_implementation="eager",
+    )
+    attention = LlamaAttention(config, 0).eval()
+    fill(attention, **{f"{one}_proj__weight": array(f"in_{one}_proj_weight") for one in "qkvo"})
+    attention.o_proj = LofitLayer(attention.o_proj, 0, None, heads)
+    length = hidden.shape[1]
+    position = LlamaRotaryEmbedding(config)(hidden, torch.arange(length)[None])
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    entered: list[Tensor] = []
+    attention.o_proj.base_layer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    official = {"base": None, "A_only": "A", "v_only": "v", "both": "both"}
+    for name, component in official.items():
+        if component is not None:
+            with_adapter(attention.o_proj, name, LofitConfig(component=component), array("in_A"), array("in_v"))
+        with torch.no_grad():
+            out, _ = attention(hidden, position_embeddings=position, attention_mask=mask)
+        yield name, out, array(f"out_{name}")
+        if component in (None, "both"):
+            yield f"into o_proj, {name}", entered[-1], array(f"out_oproj_input_{name}")
+    factors = array("in_sel_A")
+    ranked = nn.Module()
+    ranked.layers = nn.ModuleList(
+        LofitLayer(nn.Linear(factors[0].numel(), 1), number, None, factors.shape[1]) for number in range(len(factors))
+    )
+    for layer, factor in zip(ranked.layers, factors):
+        with_adapter(layer, "default", LofitConfig(component="A"), factor, factor)
+    norms, theirs = head_norms(factors), array("out_sel_heads")
+    order = strongest(norms.flatten(), hyper["topk"])
+    yield "norms", norms, array("out_sel_norms").double()
+    yield "order", torch.stack([order // factors.shape[1], order % factors.shape[1]], dim=1), theirs
+    chosen = select_heads(ranked, hyper["topk"])
+    pairs = [[int(layer), head] for layer, numbers in chosen.items() for head in numbers]
+    yield "heads", torch.tensor(pairs), torch.tensor(sorted(theirs.tolist()))
+    yield "L1", penalty(ranked).detach().double(), array("out_l1").double()
+
+
+def with_adapter(layer: LofitLayer, name: str, config: LofitConfig, factor: Tensor, offset: Tensor) -> None:
+    """Make an adapter the active one of a layer, with these values. [H, d] each"""
+    layer.update_layer(name, config)
+    layer.set_adapter([name])
+    if name in layer.lofit_A:
+        layer.lofit_A[name].data = factor.clone()
+    if name in layer.lofit_v:
+        layer.lofit_v[name].data = offset.clone()
+
+
+# --- SliME's mixture of adapters -----------------------------------------------------------------------------------
+
+
+def slime_gate(case: Case, array: Arrays) -> Checks:
+    """Both experts, the gates and the mixture of a whole view; another length; the table of places."""
+    hyper, view, keep = case["hyper"], array("in_x"), array("in_keep")
+    width, queries = hyper["Cv"], array("in_rs_query")
+    project = nn.Sequential(nn.Linear(width, hyper["D"]), nn.GELU(), nn.Linear(hyper["D"], hyper["D"]))
+    for index, name in ((0, "p0"), (2, "p2")):
+        fill(project[index], weight=array(f"in_{name}_w"), bias=array(f"in_{name}_b"))
+    layer = SlimeLayer(project, None, None)
+    layer.update_layer("default", SlimeConfig(num_queries=len(queries), gate_init="official", parity="official"))
+    layer.set_adapter(["default"])
+    mixture = layer.eval().slime_mixture["default"]
+    fill(
+        mixture,
+        gate=array("in_w_gate"),
+        resampler__queries=queries,
+        resampler__attention__in_proj_weight=array("in_rs_inproj_w"),
+        resampler__attention__in_proj_bias=array("in_rs_inproj_b"),
+        resampler__attention__out_proj__weight=array("in_rs_outproj_w"),
+        resampler__attention__out_proj__bias=array("in_rs_outproj_b"),
+        resampler__query_norm__weight=array("in_rs_lnq_w"),
+        resampler__query_norm__bias=array("in_rs_lnq_b"),
+        resampler__view_norm__weight=array("in_rs_lnkv_w"),
+        resampler__view_norm__bias=array("in_rs_lnkv_b"),
+        resampler__norm__weight=array("in_rs_lnpost_w"),
+        resampler__norm__bias=array("in_rs_lnpost_b"),
+    )
+    with torch.no_grad():
+        yield "places", mixture.resampler.places(), array("in_rs_pos")
+        yield "projector", project(view)[:, keep], array("out_mlp")
+        yield "behind R", project(mixture.resampler(view))[:, keep], array("out_attn")
+        yield "gates", mixture.gates(view)[:, keep], array("out_gates")
+        yield "mixed", layer(view)[:, keep], array("out_mixed")
+        other = array("out_other_len")
+        length = 9 * (other.shape[1] - 1) + 1  # every 9th token is stored
+        yield "another length", layer(view[:, :length])[:, ::9], other
+
+
+SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"lofit": lofit, "pill": pill, "slime_gate": slime_gate}

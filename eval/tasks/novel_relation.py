@@ -1,6 +1,6 @@
-"""New questions about place: what colour is left of the cup? Is the sun above the cup? Only tuned models know them.
+"""A new form of question: what colour is left of the cup? Only tuned models know it.
 
-Things are of known and of new kinds. Right if the first word that could be an answer is the right one.
+Things are of known and of new kinds. Right if the first colour named is the right one.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from vlmfast.eval.testbed.scenes import COLOURS
 
 HEADLINE = "accuracy"
 NEW_TOKENS = 16
-ANSWERS = {"colour": COLOURS, "yes or no": ("yes", "no")}
+SUBTASKS = ("known", "new")  # kind of the thing that the question names
 
 
 def load(limit: int | None, seed: int) -> list[Doc]:
@@ -25,10 +25,10 @@ def prompt(doc: Doc) -> str:
 
 
 def score(doc: Doc, answer: str) -> dict[str, float]:
-    """Counts: asked, right, and both for the form of the question."""
-    return right(first(answer, ANSWERS[doc.subtask]) == doc.answer, doc.subtask)
+    """Counts: asked, right, and both for the kind of the thing asked about."""
+    return right(first(answer, COLOURS) == doc.answer, doc.subtask)
 
 
 def summarise(totals: Totals) -> dict[str, np.ndarray]:
-    """The accuracy, and that of each form: accuracy/colour, /yes or no."""
-    return shares(totals, ANSWERS)
+    """The accuracy, and that of each kind of thing asked about: accuracy/known, /new."""
+    return shares(totals, SUBTASKS)

@@ -2,7 +2,7 @@
 
 ``scene(split, index)`` draws scenes as `vlmfast.eval.testbed.scenes` does, with eight new pictograms among the known
 ones. They are named by words that the models know from signs only. Every thing in a scene has a colour of its own.
-``questions`` asks about them: old forms about new kinds (task ``novel_object``), and new forms about any kinds (task
+``questions`` asks about them: old forms about new kinds (task ``novel_object``), and a new form about any kinds (task
 ``novel_relation``). The scene gives every answer; all words are in ``VOCABULARY``.
 
     write("skill/train", 2400, "train", rehearsal=0.25)
@@ -24,12 +24,12 @@ from PIL import Image
 from vlmfast.eval.testbed import questions as known
 from vlmfast.eval.testbed import scenes, sprites
 from vlmfast.eval.testbed.questions import DIRECTIONS, Question
-from vlmfast.eval.testbed.scenes import CATEGORIES, COLOURS, SPLITS, WORDS, Box, Object, Scene, Split
+from vlmfast.eval.testbed.scenes import CATEGORIES, COLOURS, SPLITS, WORDS, Box, Scene, Split
 
 KINDS = tuple(sprites.NEW_GLYPHS)
 TASKS = ("novel_object", "novel_relation")
 PER_SCENE = 4  # questions of one scene in a data set
-HASH = "29cd12b18c6468576ec896718e3155cff113e7679281bedf6d7118cbf89fd7a6"
+HASH = "339e0a5360ed4aa57caa85266e79ea6667a8828f6e5a2332fa2054f601994cff"
 _SIGNS = tuple(word for word in WORDS if word not in KINDS)  # no sign names a new kind
 
 
@@ -58,7 +58,7 @@ def scene(split: Split, index: int) -> Scene:
 def questions(scene: Scene, split: Split, index: int) -> list[Question]:
     """All questions about the scene number ``index`` of a split, always the same ones."""
     rng = np.random.default_rng((SPLITS.index(split) + 1, index, 3))
-    return _objects(scene, rng) + _colours(scene) + _relations(scene, rng)
+    return _objects(scene, rng) + _relations(scene)
 
 
 def _objects(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -78,41 +78,23 @@ def _objects(scene: Scene, rng: np.random.Generator) -> list[Question]:
     return asked
 
 
-def _single(scene: Scene) -> list[Object]:
-    """The objects that are the only one of their kind."""
-    return [o for o in scene.objects if sum(other.category == o.category for other in scene.objects) == 1]
+def _relations(scene: Scene) -> list[Question]:
+    """A new form: the colour of what lies in a direction of a single thing, where just one kind of thing clearly does.
 
-
-def _colours(scene: Scene) -> list[Question]:
-    """A new form: what colour is what lies in a direction, where exactly one kind of thing clearly does."""
+    subtask: whether the thing that is named is of a "known" or a "new" kind.
+    """
     asked = []
-    for one in _single(scene):
+    for one in scene.objects:
+        if sum(other.category == one.category for other in scene.objects) > 1:
+            continue
         for direction in DIRECTIONS:
             found = {(o.category, o.colour) for o in known.neighbours(scene, one, direction)}
             if len(found) == 1:
                 ((kind, colour),) = found
                 info = {"query": one.category, "direction": direction, "target": (kind, one.category)}
                 prompt = f"what colour is {direction} the {one.category} ?"
-                asked.append(Question("novel_relation", prompt, colour, "colour", info))
-    return asked
-
-
-def _relations(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """A new form: does one thing lie in a direction of another? As many yes as no; only where it is clear."""
-    asked = []
-    single = _single(scene)
-    for i, one in enumerate(single):
-        for other in single[i + 1 :]:
-            a, b = (one, other) if rng.random() < 0.5 else (other, one)
-            x, y = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
-            if max(abs(x), abs(y)) <= 1.2 * min(abs(x), abs(y)):
-                continue
-            true = next(name for name, (dx, dy) in DIRECTIONS.items() if x * dx + y * dy == max(abs(x), abs(y)))
-            false = str(rng.choice([name for name in DIRECTIONS if name != true]))
-            for direction, answer in ((true, "yes"), (false, "no")):
-                info = {"query": b.category, "direction": direction, "target": (a.category, b.category)}
-                prompt = f"is the {a.category} {direction} the {b.category} ?"
-                asked.append(Question("novel_relation", prompt, answer, "yes or no", info))
+                subtask = "new" if one.category in KINDS else "known"
+                asked.append(Question("novel_relation", prompt, colour, subtask, info))
     return asked
 
 

@@ -1,4 +1,4 @@
-"""Command line: ``vlmfast list | run | sinks | eval | heads | bench | report``.
+"""Command line: ``vlmfast list | run | sinks | eval | heads | bench | flops | report``.
 
 The only core file that may import upwards, and only inside the commands: help must not wait for torch.
 """
@@ -168,6 +168,9 @@ Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (default: cuda if there is one, else cpu).")
 ]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
+Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="A PEFT adapter on the model, as scripts/finetune.py writes it.")
+]
 Repeats = Annotated[int, typer.Option(min=1, metavar="N", help="Readings of each time.")]
 
 
@@ -180,6 +183,7 @@ def _number(explanation: str, least: int = 1) -> Any:
     epilog="""\b
 examples:
   vlmfast run --model testbed:llava --image photo.png --prompt "what is red ?" --method hiprune:keep=0.33
+  vlmfast run --model testbed:llava --adapter runs/lora --image photo.png --prompt "what is red ?" --method hiprune
   vlmfast run --model Qwen/Qwen2.5-VL-3B-Instruct --dtype bfloat16 --image photo.jpg \\
       --prompt "What is written on the sign?" --method fastervlm:keep=0.5 --method random:keep=0.5 --out kept.png
 """,
@@ -192,6 +196,7 @@ def run(
     out: Annotated[Path, typer.Option(metavar="FILE", help="PNG of the kept tokens over the picture.")] = Path(
         "overlay.png"
     ),
+    adapter: Adapter = None,
     max_new_tokens: Annotated[int, _number("Longest answer.")] = 64,
     repeats: Repeats = 3,
     device: Device = None,
@@ -202,9 +207,10 @@ def run(
     Prints both answers, visual tokens, FLOPs and times; writes a PNG of the kept tokens over the picture.
     """
     from vlmfast.eval import demo
+    from vlmfast.eval.models import with_adapter
 
     demo.run(
-        model,
+        with_adapter(model, adapter),
         image,
         prompt,
         method,
@@ -255,11 +261,13 @@ examples:
   vlmfast eval --limit 10 --out /tmp/quick
   vlmfast eval --model testbed:llava --method random --method hiprune --keep 0.5,0.25,16 --task colour --task count
   vlmfast eval --model testbed:llava --method random --method fastv --flops 0.6     (all at the same cost)
+  vlmfast eval --model testbed:llava --adapter runs/lora --method none --method hiprune --keep 0.33
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method none --method hiprune --device cuda --dtype bfloat16
 """,
 )
 def evaluate(
     model: Models = TESTBED,
+    adapter: Adapter = None,
     method: Annotated[list[str], typer.Option("--method", metavar="SPEC", help=EVAL_METHOD_HELP)] = METHODS,
     keep: Annotated[
         str, typer.Option(metavar="LIST", help="For specs that name no keep: shares (0.5) or numbers of tokens (64).")
@@ -290,12 +298,16 @@ def evaluate(
     if shares and keep != KEEPS:
         raise ValueError("give --keep or --flops, not both: with --flops keep is solved")
     from vlmfast.eval import report
+    from vlmfast.eval.models import with_adapter
     from vlmfast.eval.runner import evaluate as score
 
+    if adapter is not None and len(model) != 1:
+        raise ValueError("--adapter goes with one --model, the one that it was trained on")
+    names = [with_adapter(name, adapter) for name in model]
     settings: dict[str, Any] = {"limit": limit, "seed": seed, "batch": batch, "workers": workers, "dtype": dtype}
     settings |= {"flops": shares, "beams": beams}
     try:
-        score(model, method, keeps, task or None, out, device=device or best_device(), **settings)
+        score(names, method, keeps, task or None, out, device=device or best_device(), **settings)
     except KeyboardInterrupt:
         typer.echo(f"vlmfast: interrupted; what is done is in {out}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -392,6 +404,64 @@ def bench(
 @app.command(
     epilog="""\b
 examples:
+  vlmfast flops --model llava-1.5-7b --method hiprune:keep=192 --method fastv --tokens 100 --gpu a100
+  vlmfast flops --model qwen2.5-vl-7b --image-size 1080x1920 --method random --keep 0.33,0.11 --json costs.json
+  vlmfast flops --model path/to/config.json --method "hiprune:keep=0.33+vcd"
+""",
+)
+def flops(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="ID",
+            help="Hugging Face id, folder, config.json, testbed:llava, or bundled: llava-1.5-7b, llava-1.5-13b, "
+            "llava-next-7b, llava-onevision-7b, qwen2.5-vl-3b, qwen2.5-vl-7b, qwen3-vl-8b.",
+        ),
+    ],
+    method: Methods = [],  # noqa: B006  typer copies it
+    keep: Annotated[
+        str | None, typer.Option(metavar="LIST", help="For specs that name no keep (default: each method's own).")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Of the image, in pixels (default: a usual one).")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, _number("Pixels that a processor of Qwen's kind leaves (default: the hub's).")
+    ] = None,
+    images: Annotated[int, _number("Images in the prompt.")] = 1,
+    text: Annotated[int, _number("Text tokens of the prompt.")] = 60,
+    tokens: Annotated[int, _number("Tokens of the answer.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Estimate times by the roofline: a100, h100, h200, l4, l40s, rtx4090."),
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the numbers as JSON, too.")
+    ] = None,
+) -> None:
+    """Count what a prompt costs, from a config alone.
+
+    Tower, projector, selection, prefill, decode and cache, under methods; no weights are read.
+    """
+    from vlmfast.eval import flops as counting
+
+    counting.run(
+        model,
+        method,
+        keeps=parse_keeps(keep) if keep is not None else [],
+        size=parse_size(image_size) if image_size is not None else None,
+        most=max_pixels,
+        images=images,
+        text=text,
+        generated=tokens,
+        gpu=gpu,
+        out=json_,
+    )
+
+
+@app.command(
+    epilog="""\b
+examples:
   vlmfast report results
   vlmfast report results-a results-b --out both
 """,
@@ -438,6 +508,14 @@ def parse_shares(text: str) -> list[float]:
     if not shares:
         raise ValueError("--flops needs a share of the unpatched FLOPs, such as 0.6")
     return shares
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``1080x1920`` -> (1080, 1920): height and width in pixels."""
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise ValueError(f"--image-size {text!r}: give height x width in pixels, such as 1080x1920")
+    return int(height), int(width)
 
 
 def best_device() -> str:

@@ -7,12 +7,12 @@ V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from vlmfast.decoders import Sizes
+    from vlmfast.decoders import Decoder, Parts, Sizes
     from vlmfast.families import Family
     from vlmfast.patching import Patch
     from vlmfast.towers import Picture
@@ -78,6 +78,21 @@ class Adapter:
         text tokens of the prompt.
         """
         return 0
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """What the method multiplies itself for one further token, behind `step` generated ones, in X2.
+
+        As for `selection_flops`: further rows through the decoder, the head on other hidden states. What it reweights
+        in the one row of a step is left out. A method with beams of its own tells of all of them.
+        """
+        return 0
+
+    def visual_parts(self, decoder: Decoder) -> Mapping[int, Parts]:
+        """By decoder layer, what visual tokens of prompts go through, where that is not everything.
+
+        For the cost model, exactly what the method would do; what layers hold is told by `visual_per_layer`.
+        """
+        return {}
 
     def attach(self, patch: Patch) -> None:
         """Install the method on `patch.model`; every change goes through `patch`, which can undo it."""

@@ -30,7 +30,7 @@ from vlmfast.edits import Call, EditsDoor
 from vlmfast.encoding import IMAGES, PictureEncoder, Selector, encoder_outputs, renamed
 from vlmfast.families import Positions, Source, Tower
 from vlmfast.generating import DONE
-from vlmfast.inputs import KINDS, Door, Everything, Rewriter
+from vlmfast.inputs import KINDS, Door, Everything, Rewriter, refuse_beside
 from vlmfast.layers.tokens import PROMPT
 from vlmfast.patching import HANDLE, Patch, Report, shallow
 from vlmfast.rewriting import following, present, rows_of_images
@@ -102,6 +102,7 @@ class PicturesDoor(BranchDoor):
     branch: Redrawing
 
     def __init__(self, patch: Patch, branch: Redrawing, pruner: Pruning | None = None) -> None:
+        refuse_beside(patch.model)
         super().__init__(patch, branch)
         doors = [one for one in patch.reporters if isinstance(one, Door)]
         self.intercepted, self.pruner = bool(doors), pruner
@@ -118,7 +119,7 @@ class PicturesDoor(BranchDoor):
             self.encoders[name] = self.redrawers[name] = plain
             if pruner is not None:  # around the other one, which hands on what it is asked for
                 wanted = list(dict.fromkeys(self.rewriter.wanted.values()))
-                self.redrawers[name] = PictureEncoder(patch, name, wanted)
+                self.redrawers[name] = PictureEncoder(patch, name, [*wanted, *plain.scores])
 
     def report(self, report: Report) -> Report:
         """Say that there is a branch, and what its own pruner has to say."""
@@ -376,11 +377,18 @@ class AttendedDoor(PicturesDoor):
         return super().begin(ids, real, given)
 
 
+def kept_of(picture: Picture, model: Sizes, pruner: Any = None) -> int:
+    """Visual tokens that the branch's prompt holds of a picture. pruner: as in `branch_flops`."""
+    if pruner is None:
+        return picture.span
+    kept: int = pruner.visual_per_layer(model.whole or picture, 1)[0]  # what prunes the prompts leaves it alone
+    return kept
+
+
 def prompt_flops(kept: int, text: int, model: Sizes) -> int:
     """X2 of a prompt with `kept` visual tokens through the decoder, until its first logits."""
     decoder = model.decoder
-    layers = sum(layer.flops(kept + text, kept + text) for layer in decoder.layers)
-    return layers + 2 * decoder.width * decoder.vocabulary
+    return sum(layer.flops(kept + text, kept + text) for layer in decoder.layers) + decoder.head
 
 
 def branch_flops(picture: Picture, text: int, model: Sizes, pruner: Any = None) -> int:
@@ -391,8 +399,7 @@ def branch_flops(picture: Picture, text: int, model: Sizes, pruner: Any = None) 
     again = model.vision.tower + model.vision.projector
     if pruner is None:
         return again + prompt_flops(picture.span, text, model)
-    picture = model.whole or picture  # what prunes the prompts leaves this branch alone
-    kept = pruner.visual_per_layer(picture, 1)[0]
+    kept, picture = kept_of(picture, model, pruner), model.whole or picture
     for score in dict.fromkeys(pruner.wanted(model.tower).values()):
         rows, width = SCORE_ROWS[score.kind], model.vision.width
         without = score.patches and model.tower.has_cls  # the CLS query is left out

@@ -179,8 +179,7 @@ class ImageFreeBranch:
 
     def prefill_flops(self, text: int, model: Sizes) -> int:
         """X2 of the branch's own prompt, until its first logits (see `vlmfast.cost`)."""
-        decoder = model.decoder
-        return sum(layer.flops(text, text) for layer in decoder.layers) + 2 * decoder.width * decoder.vocabulary
+        return sum(layer.flops(text, text) for layer in model.decoder.layers) + model.decoder.head
 
 
 class BranchDoor:

@@ -23,13 +23,13 @@ taken from an earlier one (`vision_feature_layer=-2`), and Qwen2.5-VL's window l
 the image's grid, the smaller ones at its border included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vlmfast.decoders import decoder
+from vlmfast.decoders import WHOLE, Parts, decoder
 from vlmfast.families import family_of
 from vlmfast.towers import Grid, Vision, pair
 from vlmfast.visual import Score
@@ -93,6 +93,7 @@ def prompt_cost(
     scores: Sequence[Score] = (),
     selection: int = 0,
     visual_per_layer: Sequence[int] | None = None,
+    parts: Mapping[int, Parts] | None = None,
     kv_dtype: torch.dtype = torch.float16,
 ) -> Cost:
     """Cost of one prompt (batch of one, no padding) on a model with this config.
@@ -111,6 +112,7 @@ def prompt_cost(
     selection         FLOPs of the methods' own products elsewhere (`Adapter.selection_flops`), for all pictures
     visual_per_layer  visual tokens of the whole prompt in every decoder layer, where layers hold different numbers;
                       None: sum(kept) in all of them
+    parts             by decoder layer, what the prompt's visual tokens go through there; all others: everything
     kv_dtype          number type of the cache
 
     Raises NotImplementedError for an unknown family, ValueError for numbers that cannot be.
@@ -141,7 +143,7 @@ def prompt_cost(
             f"got {len(visual_per_layer)}"
         )
     lengths = [text + visual for visual in visual_per_layer]
-    head = 2 * text_model.width * text_model.vocabulary
+    head = text_model.head
     decode = sum(
         head + sum(layer.flops(1, length + step) for layer, length in zip(layers, lengths))
         for step in range(1, generated)
@@ -150,7 +152,10 @@ def prompt_cost(
         tower=sum(image.tower for image in seen),
         projector=sum(image.projector for image in seen),
         selection=selection + sum(_score(config, image, score) for image in seen for score in scores),
-        prefill=sum(layer.flops(length, length) for layer, length in zip(layers, lengths)),
+        prefill=sum(
+            layer.flops(length, length, visual, (parts or {}).get(number, WHOLE))
+            for number, (layer, length, visual) in enumerate(zip(layers, lengths, visual_per_layer))
+        ),
         head=head,
         decode=decode,
         kv_bytes=sum(layer.mixer.cached(length, kv_dtype.itemsize) for layer, length in zip(layers, lengths)),

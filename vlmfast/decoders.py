@@ -25,6 +25,22 @@ CHUNK = 64  # tokens in a chunk of the delta rule
 
 
 @dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the visual tokens of a prompt go through in a decoder layer with attention, beside keys and values.
+
+    queries: the query projection and the attention itself. output: the output projection, with a gate where there is
+    one. feed_forward: the feed-forward net.
+    """
+
+    queries: bool = True
+    output: bool = True
+    feed_forward: bool = True
+
+
+WHOLE = Parts()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Attention:
     """Softmax attention. query, key: widths of all query heads and of all key heads together (values are as wide).
 
@@ -38,12 +54,15 @@ class Attention:
     window: int | None = None
     heads: int = 1
 
-    def flops(self, width: int, queries: float, keys: float) -> Any:
-        """q, k, v, o projections, q k^T and its product with v."""
+    def flops(self, width: int, queries: float, keys: float, visual: float = 0, parts: Parts = WHOLE) -> Any:
+        """q, k, v, o projections, q k^T and its product with v. visual: of the queries, those that skip parts."""
         if self.window is not None:  # the cache holds window - 1 tokens besides the new ones
             keys = min(keys, self.window - 1 + queries)
-        projections = 2 * width * ((3 if self.gated else 2) * self.query + 2 * self.key) * queries
-        return projections + 4 * self.query * queries * keys
+        asking = queries - (0 if parts.queries else visual)
+        leaving = queries - (0 if parts.output else visual)
+        projected = max(asking, leaving) if self.gated else asking  # the gate comes out of the query projection
+        projections = (2 if self.gated else 1) * projected + leaving
+        return 2 * width * (self.query * projections + 2 * self.key * queries) + 4 * self.query * asking * keys
 
     def cached(self, tokens: float, itemsize: int) -> Any:
         """Keys and values."""
@@ -98,10 +117,19 @@ class Layer:
     ff: int
     router: int = 0
 
-    def flops(self, queries: float, keys: float) -> Any:
-        """X2 of `queries` new tokens that attend to `keys` tokens, themselves included."""
-        feed_forward = 2 * self.width * (3 * self.ff + self.router) * queries
-        return self.mixer.flops(self.width, queries, keys) + feed_forward
+    def flops(self, queries: float, keys: float, visual: float = 0, parts: Parts = WHOLE) -> Any:
+        """X2 of `queries` new tokens that attend to `keys` tokens, themselves included.
+
+        visual: of the queries, those that go through some `parts` of the layer alone. Raises NotImplementedError for a
+        layer without attention whose parts shall be skipped.
+        """
+        fed = queries - (0 if parts.feed_forward else visual)
+        feed_forward = 2 * self.width * (3 * self.ff + self.router) * fed
+        if parts == WHOLE:
+            return self.mixer.flops(self.width, queries, keys) + feed_forward
+        if not isinstance(self.mixer, Attention):
+            raise NotImplementedError("a layer of linear attention holds one state of all tokens: none skips it")
+        return self.mixer.flops(self.width, queries, keys, visual, parts) + feed_forward
 
     def statistic(self, rows: float, keys: float, apart: bool = False) -> Any:
         """X2 of `rows` rows of q k^T over `keys` tokens, all heads. apart: their projections run for it alone, too.
@@ -121,6 +149,15 @@ class Decoder:
     layers: tuple[Layer, ...]
     width: int
     vocabulary: int
+
+    @property
+    def head(self) -> int:
+        """X2 of the output head on one position."""
+        return 2 * self.width * self.vocabulary
+
+    def token(self, keys: float) -> Any:
+        """X2 of one token that attends to `keys` tokens, itself included, with its logits."""
+        return self.head + sum(layer.flops(1, keys) for layer in self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from vlmfast.adapter import INPUTS, Adapter
 from vlmfast.cost import Cost, nominal_grid, prompt_cost, vision, visual_tokens
-from vlmfast.decoders import Sizes, decoder
+from vlmfast.decoders import Parts, Sizes, decoder
 from vlmfast.families import family_of
 from vlmfast.towers import Picture
 from vlmfast.visual import Score
@@ -44,6 +44,8 @@ def picture_of(config: Any, size: tuple[int, int] | None = None, most: int | Non
     """
     family = family_of(config)
     if size is None:
+        if most is not None:
+            raise ValueError("a limit of pixels is for an image of a given size")
         return nominal(config)
     if min(size) < 1:
         raise ValueError(f"an image has at least one pixel a side, got {size[0]}x{size[1]}")
@@ -68,15 +70,8 @@ def apply(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int)
 
     text: text tokens of the prompt. A method that drops nothing does not run.
     """
-    family, model = family_of(config), decoder(config)
-    depth = len(model.layers)
-    sizes = Sizes(
-        decoder=model,
-        tower=family.tower(config),
-        vision=vision(config, picture.patches, picture.video),
-        projects=family.projector is not None,
-        whole=picture,
-    )
+    sizes = sizes_of(config, picture)
+    depth = len(sizes.decoder.layers)
     layers, own = [picture.span] * depth, 0
     for adapter in sorted(adapters, key=lambda adapter: adapter.door):
         if not adapter.drops:
@@ -92,6 +87,24 @@ def apply(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int)
     return layers, own
 
 
+def sizes_of(config: Any, picture: Picture) -> Sizes:
+    """What methods' own products depend on, for a picture of a config."""
+    family = family_of(config)
+    return Sizes(
+        decoder=decoder(config),
+        tower=family.tower(config),
+        vision=vision(config, picture.patches, picture.video),
+        projects=family.projector is not None,
+        whole=picture,
+    )
+
+
+def visual_parts(config: Any, adapters: Sequence[Adapter]) -> dict[int, Parts]:
+    """By decoder layer, what the methods let visual tokens of prompts go through; layers left alone are left out."""
+    model = decoder(config)
+    return {number: parts for adapter in adapters for number, parts in adapter.visual_parts(model).items()}
+
+
 def cost_of(
     config: Any,
     adapters: Sequence[Adapter],
@@ -105,7 +118,7 @@ def cost_of(
     text: text tokens. per_layer: visual tokens that the prompt holds in every decoder layer; None: all, as without
     methods. generated: tokens to generate.
     """
-    return prompt_cost(
+    cost = prompt_cost(
         config,
         text=text,
         images=[picture.patches for picture in pictures],
@@ -115,7 +128,19 @@ def cost_of(
         scores=tower_scores(config, adapters),
         selection=sum(apply(config, adapters, picture, text)[1] for picture in pictures),
         visual_per_layer=per_layer,
+        parts=visual_parts(config, adapters),
     )
+    return dataclasses.replace(cost, decode=cost.decode + _steps(config, adapters, text, pictures, generated))
+
+
+def _steps(config: Any, adapters: Sequence[Adapter], text: int, pictures: Sequence[Picture], generated: int) -> int:
+    """What the methods multiply themselves for all tokens but the first."""
+    if generated < 2 or not pictures:
+        return 0
+    held = [apply(config, adapters, picture, text)[0][0] for picture in pictures]
+    joined = dataclasses.replace(pictures[0], tokens=sum(held), span=sum(held))
+    sizes = sizes_of(config, pictures[0])
+    return sum(adapter.step_flops(joined, text, sizes, step) for adapter in adapters for step in range(1, generated))
 
 
 def share_of(config: Any, adapters: Sequence[Adapter], picture: Picture, text: int = NOMINAL_TEXT) -> float:

@@ -197,3 +197,7 @@ class Boost(AttentionEdit):
         edited = self.where(attending(model), len(layers)) if self.edits else ()
         rows = sum(2 * layers[layer].statistic(1, picture.span + text) for layer in edited)
         return rows + (self.branch.prefill_flops(text, model) if self.gamma != 1 else 0)
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """The branch's token."""
+        return int(model.decoder.token(text + step)) if self.gamma != 1 else 0

@@ -40,7 +40,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from vlmfast.adapters.decoding.base import Decoding, number, pruner_of
-from vlmfast.branch_pictures import Attended, AttendedDoor, Glance, PicturesDoor, Scene, branch_flops, prompt_flops
+from vlmfast.branch_pictures import (
+    Attended,
+    AttendedDoor,
+    Glance,
+    PicturesDoor,
+    Scene,
+    branch_flops,
+    kept_of,
+    prompt_flops,
+)
 from vlmfast.branches import plausible
 from vlmfast.decoders import Attention, Sizes
 from vlmfast.edits import attending_layers
@@ -263,4 +272,14 @@ class AGLA(Decoding):
             return branch_flops(picture, text, model, pruner_of(self.branch))
         attends = [layer for layer in model.decoder.layers if isinstance(layer.mixer, Attention)]
         row = 2 * attends[len(attends) // 2].statistic(1, picture.span + text)
-        return row + prompt_flops(budget(float(self.part), picture.tokens), text, model)
+        return row + prompt_flops(self._kept(picture, model), text, model)
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """The branch's token."""
+        return 0 if self.neutral else int(model.decoder.token(self._kept(picture, model) + text + step))
+
+    def _kept(self, picture: Picture, model: Sizes) -> int:
+        """Visual tokens of the branch."""
+        if self.matcher == SELF:
+            return budget(float(self.part), picture.tokens)
+        return kept_of(picture, model, pruner_of(self.branch))

@@ -113,10 +113,13 @@ class StepDecoding(Decoding):
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The head on the hidden states that are read, for the first token."""
+        return self.step_flops(picture, text, model, 0)
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """The same for every token."""
         if self.neutral:
             return 0
-        decoder = model.decoder
-        return 2 * decoder.width * decoder.vocabulary * len(self.reads(len(decoder.layers), False))
+        return model.decoder.head * len(self.reads(len(model.decoder.layers), False))
 
 
 def tied(model: Any) -> bool:

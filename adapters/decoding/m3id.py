@@ -86,3 +86,7 @@ class M3ID(Decoding):
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The text through the decoder."""
         return 0 if self.neutral else ImageFreeBranch(self.name, 1.0).prefill_flops(text, model)
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """The branch's token."""
+        return 0 if self.neutral else int(model.decoder.token(text + step))

@@ -145,6 +145,10 @@ class ONLY(Decoding):
 
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """One row again in one layer, and one token through a feed-forward net and the head."""
+        return self.step_flops(picture, text, model, 0)
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """The same for every token."""
         if self.neutral:
             return 0
         decoder = model.decoder
@@ -153,5 +157,5 @@ class ONLY(Decoding):
         number = (whole or attends)[0] if self.layer == "first" else which(self.layer, len(decoder.layers))[0][0]
         layer, last = decoder.layers[number], decoder.layers[-1]
         assert isinstance(layer.mixer, Attention)
-        row = 2 * layer.statistic(1, picture.span + text) + 2 * layer.width * layer.mixer.query
-        return int(row + 2 * last.width * (3 * last.ff + last.router) + 2 * decoder.width * decoder.vocabulary)
+        row = 2 * layer.statistic(1, picture.span + text + step) + 2 * layer.width * layer.mixer.query
+        return int(row + 2 * last.width * (3 * last.ff + last.router) + decoder.head)

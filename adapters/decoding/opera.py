@@ -46,8 +46,10 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.decoding.base import Decoding, number
+from vlmfast.decoders import Sizes
 from vlmfast.patching import Patch
 from vlmfast.search import Choice, Ended, Judgement, Look, Sequence
+from vlmfast.towers import Picture
 from vlmfast.walking import SearchDoor
 
 UNIT = 1e-7
@@ -120,6 +122,11 @@ class OPERA(Decoding):
     def install(self, patch: Patch) -> None:
         """Door 4. Raises NotImplementedError for a decoder whose last attention is no plain softmax."""
         SearchDoor(patch, self.name, self, OfficialEnded if self.official else Ended, self.beams, alone=self.official)
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """All candidates of all beams, less the one token of greedy search. Steps that are taken again come atop."""
+        rows = 1 if self.neutral else self.beams * self.candidates
+        return int((rows - 1) * model.decoder.token(picture.span + text + step))
 
     # --- the guide of the search ---------------------------------------------------------------------------------
 

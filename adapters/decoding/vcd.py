@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.decoding.base import Decoding, number, pruner_of
-from vlmfast.branch_pictures import PicturesDoor, Scene, branch_flops
+from vlmfast.branch_pictures import PicturesDoor, Scene, branch_flops, kept_of
 from vlmfast.branches import plausible
 from vlmfast.decoders import Sizes
 from vlmfast.patching import Patch
@@ -146,3 +146,9 @@ class VCD(Decoding):
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The tower again, and the prompt through the decoder again."""
         return 0 if self.neutral else branch_flops(picture, text, model, pruner_of(self.branch))
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """The branch's token."""
+        if self.neutral:
+            return 0
+        return int(model.decoder.token(kept_of(picture, model, pruner_of(self.branch)) + text + step))

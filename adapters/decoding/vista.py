@@ -128,8 +128,12 @@ class VISTA(Decoding):
     def selection_flops(self, picture: Picture, text: int, model: Sizes) -> int:
         """The prompt once more, its text alone, and the head once more."""
         decoder = model.decoder
-        total = 2 * decoder.width * decoder.vocabulary * (self.gamma > 0)
+        total = self.step_flops(picture, text, model, 0)
         if self.lam:
             lengths = (picture.span + text, text)
             total += sum(int(layer.flops(length, length)) for layer in decoder.layers for length in lengths)
         return total
+
+    def step_flops(self, picture: Picture, text: int, model: Sizes, step: int) -> int:
+        """The head once more."""
+        return model.decoder.head * (self.gamma > 0)

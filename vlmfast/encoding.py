@@ -17,6 +17,7 @@ from vlmfast.attention import KEYWORD, Taps, observing, tap, taps_of
 from vlmfast.families import Encoded, Family, Source, Tower
 from vlmfast.families.base import follow
 from vlmfast.patching import HANDLE, Patch, unwrap
+from vlmfast.rewriting import present
 from vlmfast.visual import Choice, Score, VisualTokens
 
 IMAGES = "vlmfast_images"  # on an encoder output: its VisualTokens
@@ -75,15 +76,19 @@ class PictureEncoder:
         self.add(patch, scores)
 
     def add(self, patch: Patch, scores: Sequence[Score]) -> None:
-        """Take these statistics, too. Raises ValueError for those that the tower cannot give."""
+        """Take these statistics, too, for as long as the patch is open. Raises ValueError for those that the tower
+        cannot give.
+        """
         scores = [score for score in dict.fromkeys(scores) if score not in self.places]
         for score in scores:
             self.tower.check(score)
         blocks = self.family.block_modules(patch.base, self.source)
+        places = dict(self.places)
         for score in scores:
             block = blocks[score.layer]
-            self.places[score] = block if score.kind in OUTPUTS else self.family.attention_module(block)
-        self.scores += tuple(scores)
+            places[score] = block if score.kind in OUTPUTS else self.family.attention_module(block)
+        patch.set(self, "places", places)
+        patch.set(self, "scores", (*self.scores, *scores))
         hidden = [module for score, module in self.places.items() if score.kind in OUTPUTS]
         tap(patch, [module for module in dict.fromkeys(self.places.values()) if module not in hidden])
         for module in dict.fromkeys(hidden):
@@ -116,6 +121,44 @@ class PictureEncoder:
             visuals = [dataclasses.replace(visual, project=project) for visual in visuals]
         setattr(output, IMAGES, visuals)
         return output
+
+
+def encoder_of(patch: Patch, modality: str, scores: Sequence[Score]) -> PictureEncoder:
+    """The encoder that stands in the model, taking these statistics, too; put there where none is.
+
+    An adapter that needs features of the tower leaves one there for good: a patch adds to it. Raises as
+    `PictureEncoder.add`.
+    """
+    source = source_of(patch.family, modality)
+    standing = patch.base.__dict__.get(source.encode)
+    if isinstance(standing, PictureEncoder):
+        standing.add(patch, scores)
+        return standing
+    encoder = PictureEncoder(patch, modality, scores)
+    patch.set(patch.base, source.encode, encoder)
+    return encoder
+
+
+def encode_pictures(family: Family, base: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The encoder's outputs for the pictures of a forward, by modality. Consumes the pixels among its arguments.
+
+    base: the multimodal base model. Raises ValueError for pixels beside outputs of the same modality.
+    """
+    pictures = present(kwargs.get("mm_encoder_outputs"))
+    for name, source in family.sources.items():
+        pixels = kwargs.get(source.pixels)
+        if pixels is None:
+            continue
+        if name in pictures:
+            raise ValueError(f"pass {source.pixels} or mm_encoder_outputs, not both")
+        encode = getattr(base, source.encode)
+        names = list(inspect.signature(encode).parameters)[1:]
+        others = {key: kwargs[key] for key in names if kwargs.get(key) is not None and key != "kwargs"}
+        pictures[name] = encode(pixels, **others, return_dict=True)
+    for source in family.sources.values():
+        if kwargs.get(source.pixels) is not None:
+            kwargs[source.pixels] = None
+    return pictures
 
 
 def _take_hidden(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -160,7 +203,7 @@ def encode_images(model: Any, methods: Sequence[Any], *, modality: str = "image"
         score for method in methods if hasattr(method, "wanted") for score in method.wanted(patch.tower).values()
     ]
     try:
-        encoder = PictureEncoder(patch, modality, list(dict.fromkeys(wanted)))
+        encoder = encoder_of(patch, modality, list(dict.fromkeys(wanted)))
         with torch.no_grad():
             return getattr(encoder(**inputs, return_dict=True), IMAGES)
     finally:

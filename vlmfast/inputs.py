@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from vlmfast.conversation import STATE, CacheState, state_of
-from vlmfast.encoding import IMAGES, PictureEncoder, Selector, renamed
+from vlmfast.encoding import IMAGES, Selector, encode_pictures, encoder_of, renamed
 from vlmfast.families import Family, Positions, Tower
 from vlmfast.generating import DONE, MISSING_TYPES, Generate, PrepareInputs
 from vlmfast.layers.cache import layer_state
 from vlmfast.layers.tokens import PROMPT, Placed, Prompt
 from vlmfast.patching import ImageReport, Patch, PromptReport, Report, shallow
-from vlmfast.rewriting import Selected, compact, following, gather_index, present, rows_of_images
+from vlmfast.rewriting import Selected, compact, following, gather_index, rows_of_images
 from vlmfast.visual import Choice, Score, VisualTokens
 
 KEPT = "vlmfast_kept"  # on an encoder output: what each selector keeps, so that it is chosen once
+PLACES = "vlmfast_places"  # on an encoder output that was cut: (row of the batch, picture) of each in the prompts
+SOLE = "vlmfast_sole"  # attribute of a model: the door of an adapter, beside which there can be no other
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 KINDS = {"image": 1, "video": 2}  # what mm_token_type_ids say of placeholders
 
@@ -150,6 +152,7 @@ class Rewriter:
             if layers and layers[0]:
                 output.deepstack_features = [list(layer) for layer in zip(*layers)]
             setattr(output, STATE, later)
+            setattr(output, PLACES, [(one.row, one.visual) for one in selected[name]])
         kwargs = self._telling(kwargs, self._prompt(pruned, kwargs.get("labels"), selected, index, live))
         return self._with_pictures(kwargs, shorter)
 
@@ -327,15 +330,25 @@ class Rewriter:
         return axes + start.view(1, -1, 1) if state is not None else axes
 
 
+def refuse_beside(model: Any) -> None:
+    """Raise NotImplementedError where an adapter rewrites the prompts of a model already: see `SOLE`."""
+    if SOLE in model.__dict__:
+        raise NotImplementedError(
+            "an adapter of this model leaves one token of each picture in the prompt: nothing is there to prune, and "
+            "no method can be told where the other visual tokens stand; methods that change attention or logits alone "
+            "can be combined with it"
+        )
+
+
 class Door(Rewriter):
     """Rewrites the inputs of one patched model for one selector."""
 
     def __init__(self, patch: Patch, selector: Selector, positions: Positions | None) -> None:
+        refuse_beside(patch.model)
         super().__init__(patch, selector, positions)
         self.names = list(inspect.signature(patch.model.forward).parameters)
-        for name, source in self.family.sources.items():
-            encoder = PictureEncoder(patch, name, list(dict.fromkeys(self.wanted.values())))
-            patch.set(patch.base, source.encode, encoder)
+        for name in self.family.sources:
+            encoder_of(patch, name, list(dict.fromkeys(self.wanted.values())))
         patch.set(patch.model, "prepare_inputs_for_generation", PrepareInputs(self, patch.model))
         patch.set(patch.model, "generate", Generate(self, patch.model))
         patch.hook(patch.model, self.before_forward, before=True)
@@ -360,7 +373,7 @@ class Door(Rewriter):
             kwargs = renamed(kwargs, source)
         cache = kwargs.get("past_key_values")
         self.check_pictures(kwargs)
-        pictures = self._pictures(kwargs)
+        pictures = encode_pictures(self.family, self.base, kwargs)
         if not pictures and state_of(cache) is None:
             if self.tells:
                 layer_state(cache)  # one from before a reset goes
@@ -385,24 +398,6 @@ class Door(Rewriter):
             raise NotImplementedError(
                 f"videos of {self.family.name} are not pruned; unpatch the model for prompts with videos"
             )
-
-    def _pictures(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The encoder's outputs for the pictures of this call, by modality. Consumes the pixels."""
-        pictures = present(kwargs.get("mm_encoder_outputs"))
-        for name, source in self.family.sources.items():
-            pixels = kwargs.get(source.pixels)
-            if pixels is None:
-                continue
-            if name in pictures:
-                raise ValueError(f"pass {source.pixels} or mm_encoder_outputs, not both")
-            encode = getattr(self.base, source.encode)
-            names = list(inspect.signature(encode).parameters)[1:]
-            others = {key: kwargs[key] for key in names if kwargs.get(key) is not None and key != "kwargs"}
-            pictures[name] = encode(pixels, **others, return_dict=True)
-        for source in self.family.sources.values():
-            if kwargs.get(source.pixels) is not None:
-                kwargs[source.pixels] = None
-        return pictures
 
     def report(self, report: Report) -> Report:
         """Add the pictures of the last prompts to a report."""

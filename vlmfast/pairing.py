@@ -32,6 +32,7 @@ from vlmfast.edits import EditsDoor
 from vlmfast.edits.memory import EDITS, Pass, memory_of
 from vlmfast.edits.turn import Enter, Turn
 from vlmfast.layers.cache import LAYERS
+from vlmfast.modality import KEYWORD as TOKENS
 from vlmfast.patching import HANDLE, Patch
 
 if TYPE_CHECKING:
@@ -219,6 +220,9 @@ class Pairing:
         if not fits or kwargs.get("past_key_values") is not pair.cache or (one is not None and one.prompt):
             return args, kwargs
         known = ("inputs_embeds", "position_ids", "attention_mask")
+        tokens = kwargs.get(TOKENS)
+        if tokens is not None and tokens.notes:  # an adapter has something for each row of the batch
+            return args, kwargs
         others = [value for name, value in kwargs.items() if name not in known]
         if any(isinstance(value, Tensor) and value.ndim > 1 for value in others):
             return args, kwargs  # something else that has a row for each of the batch

@@ -30,6 +30,7 @@ from transformers.generation.utils import GenerateBeamDecoderOnlyOutput
 
 from vlmfast.attention import attention_rows
 from vlmfast.conversation import STATE
+from vlmfast.crossattention import SEEN, Seen
 from vlmfast.edits import Call, EditsDoor
 from vlmfast.edits.memory import EDITS, Memory
 from vlmfast.layers.cache import LAYERS
@@ -48,6 +49,8 @@ def _rows(value: Any, rows: Tensor, count: int, least: int = 1) -> Any:
         # What a method remembers of a layer by tokens has two axes or more; by channels or heads it may have one.
         rest = {name: _rows(getattr(value, name), rows, count) for name in ("visual", "real", "marks")}
         return replace(value, **rest, layers=_rows(value.layers, rows, count, least=2))
+    if isinstance(value, Seen):
+        return replace(value, prompts=value.prompts[rows.cpu()])
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [one.name for one in dataclasses.fields(value) if one.init]
         return replace(value, **{name: _rows(getattr(value, name), rows, count, least) for name in fields})
@@ -103,7 +106,7 @@ def fork(cache: Any, rows: Tensor, grows: bool = False) -> Any:
         Taken(layer, rows) if grows and _plain(layer) and layer.get_seq_length() else _fork_layer(layer, rows)
         for layer in cache.layers
     ]
-    for name in (STATE, EDITS, LAYERS):
+    for name in (STATE, EDITS, LAYERS, SEEN):
         state = getattr(cache, name, None)
         if state is not None:
             setattr(twin, name, _rows(state, rows, _count(state)))
@@ -114,6 +117,8 @@ def _count(state: Any) -> int:
     """Rows of what a patch has left on a cache."""
     if isinstance(state, Memory):
         return len(state.visual)
+    if isinstance(state, Seen):
+        return len(state.prompts)
     stages = getattr(state, "stages", None)
     return len(state.mask) if stages is None else len(stages[0].columns)
 

@@ -11,14 +11,15 @@ try:
 except ImportError as error:
     raise ImportError("tuners need PEFT: pip install 'vlmfast[train]'") from error
 
+from vlmfast.adapters.tuning.ademvl import AdemVLConfig
 from vlmfast.adapters.tuning.base import TunerConfig
 from vlmfast.adapters.tuning.lofit import LofitConfig
 from vlmfast.adapters.tuning.pill import PillConfig
 from vlmfast.adapters.tuning.slime import SlimeConfig
 from vlmfast.adapters.tuning.visual_lora import VisualLoraConfig
 
-__all__ = ["TUNERS", "LofitConfig", "PillConfig", "SlimeConfig", "VisualLoraConfig"]
+__all__ = ["TUNERS", "AdemVLConfig", "LofitConfig", "PillConfig", "SlimeConfig", "VisualLoraConfig"]
 
 TUNERS: dict[str, type[TunerConfig]] = {
-    config.method: config for config in (LofitConfig, PillConfig, SlimeConfig, VisualLoraConfig)
+    config.method: config for config in (AdemVLConfig, LofitConfig, PillConfig, SlimeConfig, VisualLoraConfig)
 }

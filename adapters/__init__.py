@@ -28,6 +28,7 @@ from vlmfast.adapters.decoding.only import ONLY
 from vlmfast.adapters.decoding.opera import OPERA
 from vlmfast.adapters.decoding.vcd import VCD
 from vlmfast.adapters.decoding.vista import VISTA
+from vlmfast.adapters.fusion.eemllm import EEMLLM
 from vlmfast.adapters.pruning.cdpruner import CDPruner
 from vlmfast.adapters.pruning.dart import Dart
 from vlmfast.adapters.pruning.divprune import DivPrune
@@ -58,6 +59,7 @@ __all__ = [
     "ADAPTERS",
     "AGLA",
     "DEFAULTS",
+    "EEMLLM",
     "EVS",
     "M3ID",
     "ONLY",
@@ -109,6 +111,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "deco": DeCo,
     "divprune": DivPrune,
     "dola": DoLa,
+    "eemllm": EEMLLM,
     "evs": EVS,
     "fastervlm": FasterVLM,
     "fastv": FastV,

@@ -18,18 +18,21 @@ from vlmfast.adapter import Adapter
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: not before they are needed
     from vlmfast.patching import Handle, Report
+    from vlmfast.ranking import Ranking, rank_layers
     from vlmfast.sinks import Sinks, find_sinks
 
 __all__ = [
     "Adapter",
     "Handle",
     "MethodInfo",
+    "Ranking",
     "Report",
     "Sinks",
     "find_sinks",
     "from_pretrained",
     "methods",
     "patch",
+    "rank_layers",
     "unpatch",
 ]
 
@@ -123,7 +126,7 @@ def from_pretrained(path: str | Path, **kwargs: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Handle, Report, Sinks and find_sinks, imported when asked for."""
+    """Handle, Report, Sinks, find_sinks, Ranking and rank_layers, imported when asked for."""
     if name in ("Handle", "Report"):
         from vlmfast import patching
 
@@ -132,4 +135,8 @@ def __getattr__(name: str) -> Any:
         from vlmfast import sinks
 
         return getattr(sinks, name)
+    if name in ("Ranking", "rank_layers"):
+        from vlmfast import ranking
+
+        return getattr(ranking, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,6 @@ blocks of rows, so that no tensor of the size of the map ever exists.
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -229,14 +228,16 @@ def tapped_attention(
     own = module.config.vlmfast_original._attn_implementation
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
-    run = functools.partial(
-        attend, module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
     if turn is None:
-        return run()
+        return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout:
         raise NotImplementedError("edited attention with attention dropout: set the config's attention_dropout to 0")
-    return turn.attend(module, query, key, value, attention_mask, scale, lambda: run()[0], kwargs), None
+
+    def own(query: Tensor = query, mask: Tensor | None = attention_mask) -> Tensor:
+        output: Tensor = attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
+        return output
+
+    return turn.attend(module, query, key, value, attention_mask, scale, own, kwargs), None
 
 
 def tap(patch: Patch, modules: Sequence[Any]) -> None:

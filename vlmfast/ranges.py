@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 def which(text: str | int, depth: int, name: str = "layers") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Layers from a setting. -> (all of them, those named one by one), ascending
@@ -31,6 +33,23 @@ def which(text: str | int, depth: int, name: str = "layers") -> tuple[tuple[int,
         else:
             raise ValueError(f"{name}={text!r}: {piece!r} is neither a number nor a range such as 2:30")
     return tuple(sorted(chosen | named)), tuple(sorted(named))
+
+
+def attending(
+    text: str | int, attends: Collection[int], depth: int, method: str, what: str = "change"
+) -> tuple[int, ...]:
+    """Layers from a setting `layers`, of those that attend, ascending: ranges leave the others out.
+
+    Raises ValueError for layers named one by one that do not attend, and where none is left.
+    """
+    chosen, named = which(text, depth)
+    without = [layer for layer in named if layer not in attends]
+    if without:
+        raise ValueError(f"{method}: layers {'/'.join(map(str, without))} have no attention to {what}")
+    found = tuple(layer for layer in chosen if layer in attends)
+    if not found:
+        raise ValueError(f"{method}: layers={text!r} are none of this decoder's {depth}")
+    return found
 
 
 def scaled(number: int, depth: int, of: int = 32) -> int:

@@ -72,7 +72,7 @@ class Turn:
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
-        own: Callable[[], Tensor],
+        own: Callable[..., Tensor],
         kwargs: Mapping[str, Any],
     ) -> Tensor:
         """The edited attention, in the shape that transformers expects. -> [B, Q, H, d]"""
@@ -105,6 +105,12 @@ class Turn:
         if watcher is not None and watcher.active:
             watcher.watch(call)
         return own() if editor is None else editor.edit(call).transpose(1, 2).contiguous()
+
+    def new_tokens(self) -> tuple[Tensor, Tensor]:
+        """Which of the tokens that the layer gets are visual, and which are no padding. bool [B, M] each"""
+        memory, count = self.one.memory, self.hidden.shape[1]
+        first = memory.count - self.one.ends.shape[1]
+        return self._new(memory.visual[:, first:], count), self._new(memory.real[:, first:], count)
 
     def _tokens(self, n_key: int, count: int) -> dict[str, Any]:
         """What the keys and the queries of this layer are, as `Call` has it."""

@@ -72,9 +72,9 @@ class Family:
     config). crops: an image may come as a thumbnail and crops of its own. tiles: all tiles of a sample are one picture
     (see vlmfast.families.idefics). first_position: position of the first token of a prompt. deepstack: features are
     added after the first decoder layers, too. hybrid: most decoder layers have no attention but one state for all
-    tokens. projector: path to a module that maps tower features to visual tokens one by one, None where there is none
-    such. nominal: (config, "image" or "video") -> sizes of a usual picture, for solving `keep`; None: see
-    vlmfast.solving. sized: (config, (height, width) in pixels, most pixels or None) -> sizes of an image after its
+    tokens. sees_ahead: in the decoder the tokens of a picture attend to later ones, too. projector: path to a module
+    that maps tower features to visual tokens one by one, None where there is none such. nominal: (config, "image" or
+    "video") -> sizes of a usual picture, for solving `keep`; None: see vlmfast.solving. sized: (config, (height, width) in pixels, most pixels or None) -> sizes of an image after its
     processor; None: every image gets the model's own size. tiled: what the processor cuts an image into is not known
     from its size.
     """
@@ -93,6 +93,7 @@ class Family:
     first_position: int = 0
     deepstack: bool = False
     hybrid: bool = False
+    sees_ahead: bool = False
     projector: str | None = None
     nominal: Callable[[Any, str], Picture] | None = None
     sized: Callable[[Any, tuple[int, int], int | None], Picture] | None = None

@@ -96,6 +96,7 @@ GEMMA3 = Family(
     tower=_gemma3_tower,
     vision=_gemma3_vision,
     sources={"image": Source(layout=merged_views, container="tensor")},
+    sees_ahead=True,
 )
 
 PALIGEMMA = dataclasses.replace(

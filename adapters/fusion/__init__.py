@@ -1,0 +1,1 @@
+"""Methods that change how pictures and text meet inside the language model."""

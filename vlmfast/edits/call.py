@@ -28,9 +28,9 @@ class Call:
     decides on a generated token: the last one of a prompt, and every one generated.
     memory: what the method remembers of this layer for as long as the prompts are in the cache; see `remember`.
     offset: columns that the layer has forgotten (sliding windows) before the first key. note: adds a line to the
-    report of the running prompts, once however often it is said. own: the model's own attention, of these queries or of
-    others under a mask of their own, `own(query, mask)`: [B, H, R, d], [B, 1, R, K] -> [B, R, H, d]. free: prompts on
-    their first way through the decoder beside themselves without their pictures, for a method that says `compares`;
+    report of the running prompts, once however often it is said. own: the model's own attention, of these queries or
+    of others under a mask of their own, `own(query, mask)`: [B, H, R, d], [B, 1, R, K] -> [B, R, H, d]. free: prompts
+    on their first way through the decoder beside themselves without their pictures, for a method that says `compares`;
     None: there is no picture, or it came earlier.
     """
 

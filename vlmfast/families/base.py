@@ -74,9 +74,9 @@ class Family:
     added after the first decoder layers, too. hybrid: most decoder layers have no attention but one state for all
     tokens. sees_ahead: in the decoder the tokens of a picture attend to later ones, too. projector: path to a module
     that maps tower features to visual tokens one by one, None where there is none such. nominal: (config, "image" or
-    "video") -> sizes of a usual picture, for solving `keep`; None: see vlmfast.solving. sized: (config, (height, width) in pixels, most pixels or None) -> sizes of an image after its
-    processor; None: every image gets the model's own size. tiled: what the processor cuts an image into is not known
-    from its size.
+    "video") -> sizes of a usual picture, for solving `keep`; None: see vlmfast.solving. sized: (config, (height,
+    width) in pixels, most pixels or None) -> sizes of an image after its processor; None: every image gets the model's
+    own size. tiled: what the processor cuts an image into is not known from its size.
     """
 
     name: str

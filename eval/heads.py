@@ -30,7 +30,7 @@ from vlmfast.decoders import Attention, decoder
 from vlmfast.eval.environment import describe
 from vlmfast.eval.latency import use_threads
 from vlmfast.eval.metrics import Counts, measure
-from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash
+from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, split_adapter
 from vlmfast.eval.progress import Bars
 from vlmfast.eval.results import WAY_OUT, Metric, check_identity, sole_writer, write_atomic
 from vlmfast.eval.runner import check_specs, cores
@@ -135,7 +135,7 @@ def profile(
     heads = candidates(method, config)
     job = Job(
         model=model,
-        model_hash=model_hash(folder),
+        model_hash=model_hash(folder, split_adapter(model)[1]),
         specs=(to_spec((method,)),),
         hashes={name: task_hash(task, held_out(name, limit, seed)) for name, task in chosen.items()},
         out=out.parent,

@@ -1,4 +1,7 @@
-"""Models by name: `testbed:NAME`, a folder, or a Hugging Face id, loaded with their processor and hashed."""
+"""Models by name: `testbed:NAME`, a folder, or a Hugging Face id, loaded with their processor and hashed.
+
+`NAME+adapter=FOLDER` is such a model with a PEFT adapter on it; names, hashes and files of results tell the adapter.
+"""
 
 import hashlib
 import json
@@ -27,15 +30,21 @@ HASHED = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+ADAPTER = "+adapter="  # between the name of a model and the folder of a PEFT adapter
+FINETUNED = "vlmfast_finetune.json"  # what a fine-tuning run tells of itself
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 TEXTS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # what is fetched from the hub
 
 
 def model_folder(name: str) -> Path:
-    """The local folder of a model; a Hugging Face id is downloaded into the hub's cache first.
+    """The local folder of a model without its adapter; a Hugging Face id is downloaded into the hub's cache first.
 
     ValueError for an unknown testbed model and for a folder that holds no vision-language model with its processor,
     NotImplementedError for a family vlmfast does not know, OSError if there is no such folder or id.
     """
+    name, adapter = split_adapter(name)
+    if adapter is not None:
+        _check_adapter(adapter)
     if name.startswith("testbed:"):
         known = [f"testbed:{known}" for known in testbed.MODELS]
         if name not in known:
@@ -47,6 +56,30 @@ def model_folder(name: str) -> Path:
             folder = _download(name)
     _check(name, folder)
     return folder
+
+
+def split_adapter(name: str) -> tuple[str, Path | None]:
+    """The name of a model alone, and the folder of its adapter."""
+    name, found, folder = name.partition(ADAPTER)
+    return name, Path(folder).expanduser() if found else None
+
+
+def with_adapter(name: str, folder: str | Path | None) -> str:
+    """The name of a model with an adapter on it; ValueError for a second one."""
+    if folder is None:
+        return name
+    if ADAPTER in name:
+        raise ValueError(f"{name} names an adapter already")
+    return f"{name}{ADAPTER}{folder}"
+
+
+def _check_adapter(folder: Path) -> None:
+    """Raise unless the folder holds a PEFT adapter."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder of an adapter {folder}")
+    for file in ADAPTER_FILES:
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} is no PEFT adapter: it has no {file}")
 
 
 def _download(name: str) -> Path:
@@ -87,10 +120,11 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def model_hash(folder: Path) -> str:
-    """Changes with the weights, the configuration, the processor, the tokenizer or the chat template."""
+def model_hash(folder: Path, adapter: Path | None = None) -> str:
+    """Changes with the weights, the configuration, the processor, the tokenizer, the chat template or the adapter."""
     digest = hashlib.sha256()
-    for path in [folder / name for name in HASHED if (folder / name).is_file()] + weight_files(folder):
+    files = [folder / file for file in HASHED if (folder / file).is_file()] + weight_files(folder)
+    for path in files + ([] if adapter is None else [adapter / file for file in ADAPTER_FILES]):
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             while block := file.read(1 << 22):
@@ -99,14 +133,45 @@ def model_hash(folder: Path) -> str:
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Any]:
-    """The model, in evaluation mode on the device, and its processor; errors as in `model_folder`."""
+    """The model, in evaluation mode on the device, and its processor; errors as in `model_folder`.
+
+    With an adapter it is the same transformers model with PEFT's layers in it; ImportError without PEFT, ValueError
+    for an adapter that does not fit the model.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     target = check_device(device)
     folder = model_folder(name)
     with _quiet():
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
+    base, adapter = split_adapter(name)
+    if adapter is not None:
+        model = _adapted(model, base, adapter)
     return model.to(target).eval(), load_processor(folder)
+
+
+def _check_base(name: str, folder: Path) -> None:
+    """ValueError if the folder tells that its adapter was trained on other weights."""
+    if (folder / FINETUNED).is_file():
+        run = json.loads((folder / FINETUNED).read_text(encoding="utf-8"))
+        if run["model_hash"] != model_hash(model_folder(name)):
+            raise ValueError(
+                f"the adapter {folder} was trained on {run['model']}, not on the weights of {name}"
+            )
+
+
+def _adapted(model: Any, name: str, folder: Path) -> Any:
+    """The model of this name with an adapter in it."""
+    import vlmfast.adapters.tuning  # noqa: F401  makes PEFT know vlmfast's own tuners, or says that it is not there
+
+    _check_base(name, folder)
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).get_base_model()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the adapter {folder} does not fit {type(model).__name__}: {reason}") from error
 
 
 def check_device(device: str) -> torch.device:

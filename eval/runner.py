@@ -20,7 +20,7 @@ from transformers import AutoConfig
 
 from vlmfast.adapters import from_spec, to_spec
 from vlmfast.eval.matching import expand_flops, leaves_keep_open, named
-from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, weight_files
+from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, split_adapter, weight_files
 from vlmfast.eval.progress import Bars
 from vlmfast.eval.results import check_identity, read_result, ready_folder
 from vlmfast.eval.sweep import UNPATCHED, Job, sweep
@@ -52,7 +52,7 @@ def evaluate(
 
     Parameters
     ----------
-    models: `testbed:NAME`, folders, Hugging Face ids.
+    models: `testbed:NAME`, folders, Hugging Face ids; with `+adapter=FOLDER` behind one, a PEFT adapter on it.
     specs: method specs, or "all" for every method that works on images of the model's family; a method that has a
         setting `keep` which the spec does not name runs with each of `keeps`. The unpatched model ("none") always
         runs, and first: every other run is compared with it.
@@ -123,7 +123,8 @@ def evaluate(
         "command": shlex.join(sys.argv),
     }
     jobs = [
-        Job(model=name, model_hash=model_hash(folder), specs=runs[name], **common) for name, folder in folders.items()
+        Job(model=name, model_hash=model_hash(folder, split_adapter(name)[1]), specs=runs[name], **common)
+        for name, folder in folders.items()
     ]
     pending = [owed for owed in map(outstanding, jobs) if owed.specs]
     total = sum(map(len, documents.values()))

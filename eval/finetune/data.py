@@ -236,7 +236,7 @@ def _hub(name: str, split: str, config: str | None) -> Any:
 
 
 def _undecoded(table: Any) -> Any:
-    """The data set with its pictures as they are stored: they are decoded when they are used, and not to be checked."""
+    """The data set with its pictures as they are stored: they are decoded when they are used."""
     from datasets import Image as Picture
 
     def plain(feature: Any) -> Any:
@@ -256,7 +256,7 @@ def _undecoded(table: Any) -> Any:
 
 
 def sample_of(record: Any, where: str, folder: Path) -> Sample:
-    """A record of either form as a sample. ValueError, FileNotFoundError or TypeError says what is wrong, and where."""
+    """A record of either form as a sample. ValueError or FileNotFoundError says what is wrong, and where."""
     if not isinstance(record, Mapping):
         raise ValueError(f"{where} is a {type(record).__name__}, not a record such as {FORM}")
     turns = next((record[name] for name in ("messages", "conversations") if record.get(name) is not None), None)

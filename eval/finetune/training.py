@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -25,14 +25,13 @@ from vlmfast.eval.finetune.collate import Collator, fitting
 from vlmfast.eval.finetune.data import Samples, load_samples
 from vlmfast.eval.finetune.evaluating import Pruning, TaskEvaluation
 from vlmfast.eval.finetune.tuners import FULL, Tuning, apply, parse, trainable
-from vlmfast.eval.models import DTYPES, load_model, model_folder, model_hash
+from vlmfast.eval.models import DTYPES, FINETUNED, load_model, model_folder, model_hash
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.runner import check_specs
 from vlmfast.eval.tasks import choose
 from vlmfast.families.base import did_you_mean
 
 logger = logging.get_logger("vlmfast.finetune")
-FILE = "vlmfast_finetune.json"
 TOO_LONG = ("raise", "drop")
 # What a run must agree on with the checkpoints it goes on from, and what else changes the result.
 IDENTITY = ("model_hash", "data_hash", "tuner", "method", "max_length", "dtype", "processes")
@@ -303,7 +302,7 @@ class Plan:
         """Write what is known of the run."""
         folder = Path(cast(str, self.training.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / FILE, json.dumps(self.record, indent=1) + "\n")
+        write_atomic(folder / FINETUNED, json.dumps(self.record, indent=1) + "\n")
 
 
 def prepared(training: TrainingArguments) -> TrainingArguments:
@@ -341,7 +340,7 @@ def _checkpoint(training: TrainingArguments, record: dict[str, Any]) -> str | No
         raise NotADirectoryError(f"--output_dir {folder} is a file")
     asked = training.resume_from_checkpoint
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    stored = _stored(folder / FILE)
+    stored = _stored(folder / FINETUNED)
     if asked is None or str(asked).lower() in ("false", "none", ""):
         if stored is not None and stored.get("complete"):
             raise ValueError(f"{folder} holds a finished run ({stored.get('command')}): choose another --output_dir")
@@ -359,7 +358,7 @@ def _checkpoint(training: TrainingArguments, record: dict[str, Any]) -> str | No
         checkpoint = str(asked)
         if not (Path(checkpoint) / "trainer_state.json").is_file():
             raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: it is no folder of a checkpoint")
-        stored = _stored(Path(checkpoint).parent / FILE)
+        stored = _stored(Path(checkpoint).parent / FINETUNED)
     if stored is None:
         return checkpoint
     words = [

@@ -120,7 +120,7 @@ class TestHelp:
 
     @pytest.mark.parametrize("command", cli.app.registered_commands, ids=lambda command: command.callback.__name__)
     def test_about_a_dozen_options(self, command):
-        assert command.callback.__code__.co_argcount <= 13
+        assert command.callback.__code__.co_argcount <= 14
 
     def test_version(self):
         result = call("--version")

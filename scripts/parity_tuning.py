@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from vlmfast.adapters.tuning import LofitConfig, PillConfig, SlimeConfig
+from vlmfast.adapters.tuning import AdemVLConfig, LofitConfig, PillConfig, SlimeConfig
+from vlmfast.adapters.tuning.ademvl import NOTE, Shown, entries, projector
 from vlmfast.adapters.tuning.lofit import LofitLayer, head_norms, penalty, select_heads, strongest
 from vlmfast.adapters.tuning.slime import SlimeLayer
+from vlmfast.crossattention import Bank, multiscale, scored, threshold
+from vlmfast.modality import KEYWORD, Tokens
 
 Case = dict[str, Any]
 Arrays = Callable[[str], Tensor]
@@ -220,4 +223,108 @@ def slime_gate(case: Case, array: Arrays) -> Checks:
         yield "another length", layer(view[:, :length])[:, ::9], other
 
 
-SETS: dict[str, Callable[[Case, Arrays], Checks]] = {"lofit": lofit, "pill": pill, "slime_gate": slime_gate}
+# --- ADEM-VL -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def adem_vl(case: Case, array: Arrays) -> Checks:
+    """The bank of a picture, scores, thresholds and mixtures, and a whole block."""
+    hyper, features = case["hyper"], array("in_feats")
+    side, gammas = hyper["patch_grid"], hyper["drop"]
+    config = ademvl_config(hyper)
+    maps = features[:, 1:].unflatten(1, (side, side))
+    project = projector(hyper["C"], hyper["proj_hidden"], hyper["D"])
+    for index, name in ((0, "fc1"), (2, "fc2")):
+        fill(project[index], weight=array(f"in_{name}_w"), bias=array(f"in_{name}_b"))
+    pooled = multiscale(maps, config.grids, "official")
+    yield "pooled", pooled, array("out_pooled")
+    values = entries(project, list(maps), config, "official").unflatten(0, (len(maps), -1))
+    yield "projected", values / config.beta, array("out_proj")
+    values = values * array("in_indicators")[:, None, None]  # without a picture the entries are zero
+    yield "visual", values, array("out_visual")
+    bank = Bank.of(list(values), array("in_emb1")[0], array("in_emb2")[0])
+    rows = list(range(len(values)))
+    x = array("in_x")
+    scores = scored(x, bank.keys, 0)[1]
+    yield "scores", scores, array("out_scores")
+    for gamma in gammas:
+        yield f"mixed {gamma}", bank.attend(x, gamma, rows), array(f"out_fusion_drop{gamma}")
+        if (least := threshold(scores, gamma)) is not None:
+            yield f"threshold {gamma}", least[..., 0], array(f"out_threshold_drop{gamma}")
+            stays = scored(x, bank.keys, gamma)[2]
+            yield f"stays {gamma}", stays, array(f"out_keep_drop{gamma}")
+    block = AdemVLBlock(hyper, array)
+    yield "block", block(Shown({"default": bank}, rows)), array("out_block")
+    block.model.disable_adapter_layers()
+    yield "block without", block(None), array("out_block_noadapter")
+
+
+def ademvl_config(hyper: dict[str, Any]) -> AdemVLConfig:
+    """The settings of the golden case."""
+    return AdemVLConfig(
+        alpha=hyper["alpha"],
+        beta=hyper["beta"],
+        gamma=hyper["block_drop"],
+        grids=hyper["grids"],
+        hidden=hyper["proj_hidden"],
+        mode="augment",
+    )
+
+
+class AdemVLBlock:
+    """A decoder layer of a LLaVA with the authors' weights and the branch beside its feed-forward net."""
+
+    def __init__(self, hyper: dict[str, Any], array: Arrays) -> None:
+        width, heads = hyper["D"], hyper["n_heads"]
+        text = LlamaConfig(
+            vocab_size=8,
+            hidden_size=width,
+            intermediate_size=len(array("in_blk_feed_forward_w1_weight")),
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            rms_norm_eps=hyper["norm_eps"],
+            rope_parameters={"rope_type": "default", "rope_theta": float(hyper["rope_theta"])},
+        )
+        vision = CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8
+        )
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=7, vision_feature_layer=-1)
+        self.model = get_peft_model(LlavaForConditionalGeneration(config), ademvl_config(hyper)).eval()
+        self.decoder, self.hidden = self.model.get_base_model().get_decoder(), array("in_blk_h")
+        for name, own in ADEMVL_NAMES.items():
+            weight = array(f"in_blk_{name}_weight")
+            if name in PILL_ROTATED:  # as there: neighbours turn in the authors' code
+                weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            fill(self.decoder.layers[0], **{f"{own.replace('.', '__')}__weight": weight})
+
+    def __call__(self, shown: Shown | None) -> Tensor:
+        """Hidden states behind the layer. [B, L, D]"""
+        notes = {} if shown is None else {NOTE: shown}
+        length = self.hidden.shape[1]
+        position = self.decoder.rotary_emb(self.hidden, torch.arange(length)[None])
+        mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+        out: Tensor = self.decoder.layers[0](
+            self.hidden, attention_mask=mask, position_embeddings=position, **{KEYWORD: Tokens(None, notes)}
+        )
+        return out
+
+
+ADEMVL_NAMES = {  # the authors' names of a block's weights, and ours
+    "attention_wq": "self_attn.q_proj",
+    "attention_wk": "self_attn.k_proj",
+    "attention_wv": "self_attn.v_proj",
+    "attention_wo": "self_attn.o_proj",
+    "feed_forward_w1": "mlp.base_layer.gate_proj",
+    "feed_forward_w2": "mlp.base_layer.down_proj",
+    "feed_forward_w3": "mlp.base_layer.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+SETS: dict[str, Callable[[Case, Arrays], Checks]] = {
+    "adem_vl": adem_vl,
+    "lofit": lofit,
+    "pill": pill,
+    "slime_gate": slime_gate,
+}

@@ -52,8 +52,8 @@ def threshold(scores: Tensor, gamma: float) -> Tensor | None:
     return scores.topk(place + 1, dim=-1, largest=False, sorted=False).values.amax(-1, keepdim=True)
 
 
-def _block(hidden: Tensor, keys: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """silu(x), the scores that stay (others 0), and which do (None: all). [B, R, D], [B, N, D]"""
+def scored(hidden: Tensor, keys: Tensor, gamma: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    """silu(x), the scores that stay (others 0), and which do (None: all). [B, R, D], [B, N, D] -> S: [B, R, N]"""
     query = silu(hidden.to(keys.dtype))
     scores = query @ keys.transpose(1, 2)
     least = threshold(scores, gamma)
@@ -76,7 +76,7 @@ class _Fused(torch.autograd.Function):
         out = keys.new_empty(hidden.shape)
         for start in range(0, hidden.shape[1], rows):
             part = slice(start, start + rows)
-            out[:, part] = _block(hidden[:, part], keys, gamma)[1] @ values
+            out[:, part] = scored(hidden[:, part], keys, gamma)[1] @ values
         return out
 
     @staticmethod
@@ -88,7 +88,7 @@ class _Fused(torch.autograd.Function):
         to_keys, to_values = torch.zeros_like(keys), torch.zeros_like(values)
         for start in range(0, hidden.shape[1], ctx.rows):
             part = slice(start, start + ctx.rows)
-            query, scores, stays = _block(hidden[:, part], keys, ctx.gamma)
+            query, scores, stays = scored(hidden[:, part], keys, ctx.gamma)
             above = grad[:, part].to(keys.dtype)
             if wanted[2]:
                 to_values += scores.transpose(1, 2) @ above

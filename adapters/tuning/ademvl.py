@@ -390,8 +390,7 @@ class Fusion:
         config, project = layer.ademvl_config[name], layer.ademvl_proj[name]
         device = next(project.parameters()).device
         maps = [[self._map(visual, view) for view in standing(visual)] for visual in visuals]
-        features = [multiscale(one[None].to(device), config.grids)[0] for some in maps for one in some]
-        values = projected(project, torch.cat(features)) * config.beta
+        values = entries(project, [one.to(device) for some in maps for one in some], config)
         return list(values.split([config.entries * len(some) for some in maps]))
 
     def _map(self, visual: VisualTokens, view: View) -> Tensor:
@@ -458,6 +457,12 @@ def standing(visual: VisualTokens) -> list[View]:
     """The views of a picture that stand alone: all but crops beside a thumbnail."""
     whole = [view for view in visual.views if view.kind != "crop"]
     return whole or list(visual.views)
+
+
+def entries(project: nn.Module, maps: Sequence[Tensor], config: AdemVLConfig, parity: str = "repaired") -> Tensor:
+    """V of some feature maps, pooled and then projected. [h, w, C] each -> [n N, D]"""
+    pooled = [multiscale(one[None], config.grids, parity)[0] for one in maps]
+    return projected(project, torch.cat(pooled)) * config.beta
 
 
 def projected(project: nn.Module, features: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ def test_pruned_prompts(any_vlm):
     ids: list[Tensor] = []
     with vlmfast.patch(any_vlm.model, "random:keep=5") as handle, watching(any_vlm.model) as seen:
         base = any_vlm.model.base_model
-        spy = base.register_forward_pre_hook(lambda m, a, k: ids.append(k["input_ids"]), with_kwargs=True)
+        spy = base.register_forward_pre_hook(lambda m, a, k: ids.append(k.get("input_ids", *a[:1])), with_kwargs=True)
         any_vlm.model(**inputs)
         kept = [sum(one.kept for one in prompt.pictures) for prompt in handle.report().prompts]
         any_vlm.model.generate(**inputs, max_new_tokens=2, do_sample=False)

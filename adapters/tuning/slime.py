@@ -44,7 +44,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, softplus
+from torch.nn.functional import interpolate, linear, scaled_dot_product_attention, softplus
 
 from vlmfast.adapters.tuning.base import Tuner, TunerConfig, TunerLayer, register
 from vlmfast.families import FAMILIES, family_of
@@ -114,10 +114,14 @@ class Resampler(nn.Module):
     def __init__(self, width: int, queries: int, heads: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.empty(queries, width))
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.heads = heads
+        self.inward, self.outward = nn.Linear(width, 3 * width), nn.Linear(width, width)  # q, k and v on one another
         self.query_norm, self.view_norm, self.norm = (nn.LayerNorm(width, eps=1e-6) for _ in range(3))
         nn.init.trunc_normal_(self.queries, std=0.02)
-        nn.init.trunc_normal_(self.attention.out_proj.weight, std=0.02)
+        nn.init.xavier_uniform_(self.inward.weight)
+        nn.init.trunc_normal_(self.outward.weight, std=0.02)
+        nn.init.zeros_(self.inward.bias)
+        nn.init.zeros_(self.outward.bias)
 
     def places(self) -> Tensor:
         """p of the queries' own grid. -> fp32 [n, C]"""
@@ -129,8 +133,13 @@ class Resampler(nn.Module):
         place = resized(self.places().to(view), side)
         query = self.query_norm(resized(self.queries, side)) + place
         value = self.view_norm(view)
-        seen, _ = self.attention(query.expand_as(value), value + place, value, need_weights=False)
-        return self.norm(seen)
+        weights, biases = self.inward.weight.chunk(3), self.inward.bias.chunk(3)
+        q, k, v = (
+            linear(given, weight, bias).unflatten(-1, (self.heads, -1)).transpose(-2, -3)
+            for given, weight, bias in zip((query[None], value + place, value), weights, biases)
+        )
+        seen = scaled_dot_product_attention(q.expand_as(k), k, v).transpose(-2, -3).flatten(-2)
+        return self.norm(self.outward(seen))
 
 
 class Mixture(nn.Module):

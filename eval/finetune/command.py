@@ -72,7 +72,7 @@ def run(words: Sequence[str], about: str = "") -> Outcome:
     outcome = finetune(arguments, training)
     if training.process_index == 0:
         share = outcome.trainable / outcome.parameters
-        print(f"\n{outcome.trainable} of {outcome.parameters} parameters were trained ({share:.2%})")
+        print(f"\n{outcome.trainable} of {outcome.parameters} parameters were trained ({share:.3%})")
         for name, value in outcome.metrics.items():
             print(f"  {name:32s} {value:.6g}" if isinstance(value, float) else f"  {name:32s} {value}")
         name = "--model" if training_is_full(arguments) else f"--model {arguments.model} --adapter"

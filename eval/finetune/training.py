@@ -7,6 +7,7 @@ that were made with the same model, data, tuner and method.
 
 import copy
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -16,15 +17,16 @@ from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
 from transformers.utils import logging
 
 from vlmfast.adapters import from_spec, to_spec
+from vlmfast.adapters.tuning.lofit import LofitTrainer, select_heads, two_stages
 from vlmfast.eval.environment import describe
 from vlmfast.eval.finetune.collate import Collator, fitting
 from vlmfast.eval.finetune.data import Samples, load_samples
 from vlmfast.eval.finetune.evaluating import Pruning, TaskEvaluation
-from vlmfast.eval.finetune.tuners import FULL, Tuning, apply, parse, trainable
+from vlmfast.eval.finetune.tuners import FULL, STAGES, Tuning, apply, parse, trainable
 from vlmfast.eval.models import DTYPES, FINETUNED, load_model, model_folder, model_hash
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.runner import check_specs
@@ -33,6 +35,7 @@ from vlmfast.families.base import did_you_mean
 
 logger = logging.get_logger("vlmfast.finetune")
 TOO_LONG = ("raise", "drop")
+FIRST, HEADS = "heads", "lofit_heads.json"  # of LoFiT: the folder of stage 1, and what it chooses
 # What a run must agree on with the checkpoints it goes on from, and what else changes the result.
 IDENTITY = ("model_hash", "data_hash", "tuner", "method", "max_length", "dtype", "processes")
 SCHEDULE = (
@@ -87,8 +90,9 @@ class Training(TrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("--output_dir is missing: the folder of the run")
-        if self.eval_steps and str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
-            self.eval_strategy = "steps"  # type: ignore[assignment]  # it is asked for
+        named: Any = self
+        if named.eval_steps and getattr(named.eval_strategy, "value", named.eval_strategy) == "no":
+            named.eval_strategy = "steps"  # it is asked for
         super().__post_init__()
 
 
@@ -111,6 +115,8 @@ class Outcome:
 
 class _Trainer(Trainer):
     """A Trainer whose evaluations ask tasks, too. tasks: model -> metrics, None: no tasks."""
+
+    control: Any
 
     def __init__(self, *args: Any, tasks: Callable[[Any], dict[str, float]] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -151,6 +157,10 @@ class _Trainer(Trainer):
         return {f"{prefix}_{name}": value for name, value in found[0].items()}
 
 
+class _LofitTrainer(LofitTrainer, _Trainer):
+    """The same with LoFiT's L1 term, where the adapter's config has one."""
+
+
 def finetune(arguments: Arguments, training: TrainingArguments) -> Outcome:
     """Tune a model and write the folder of the run, `training.output_dir`.
 
@@ -179,6 +189,11 @@ class Plan:
     dtype: str
     record: dict[str, Any]
     checkpoint: str | None
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on from a checkpoint."""
+        return self.checkpoint is not None
 
     @classmethod
     def of(cls, arguments: Arguments, training: TrainingArguments) -> "Plan":
@@ -247,29 +262,58 @@ class Plan:
             self.record |= {"records_dropped": len(dropped), "records": len(data)}
             if dropped and main:
                 logger.warning(f"{len(dropped)} records are longer than {arguments.max_length} tokens and left out")
-        model = apply(self.tuning, model)
+        if self.tuning.stages:
+            model, trainer, metrics = self._two_stages(model, processor, data)
+        else:
+            model = apply(self.tuning, model)
+            trainer, metrics = self._train(model, processor, data, training, self.checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        if main:
+            self.record |= {"complete": True, "steps": trainer.state.global_step, "metrics": metrics}
+            self.write()
+        return Outcome(
+            self.output,
+            metrics,
+            trainer.state.log_history,
+            self.record["trainable_parameters"],
+            self.record["parameters"],
+            model.eval(),
+            processor,
+        )
+
+    @property
+    def output(self) -> Path:
+        """The folder of the run."""
+        return Path(cast(str, self.training.output_dir))
+
+    def _train(
+        self, model: Any, processor: Any, data: Samples, training: TrainingArguments, checkpoint: str | None
+    ) -> tuple[_Trainer, dict[str, float]]:
+        """Train a model on what it lets be trained. -> (trainer, metrics); the model is without the method again."""
         learns, numbers = trainable(model)
         if not learns:
             raise ValueError(f"tuner {self.tuning}: there is nothing to train")
         self.record |= {"trainable_parameters": learns, "parameters": numbers}
-        if main:
+        if training.process_index == 0:
             self.write()
         pruning = Pruning(model, self.method)
         evaluation = None
-        if self.tasks:
+        evaluates = training.eval_strategy != "no" or training is self.training
+        if self.tasks and evaluates:
             evaluation = TaskEvaluation(
                 self.tasks,
-                arguments.model,
+                self.arguments.model,
                 processor,
                 pruning,
-                limit=arguments.eval_limit,
-                batch=arguments.eval_batch,
+                limit=self.arguments.eval_limit,
+                batch=self.arguments.eval_batch,
                 seed=training.seed,
             )
-        trainer = _Trainer(
+        trainer = (_LofitTrainer if self.tuning.name == "lofit" else _Trainer)(
             model=model,
             args=training,
-            data_collator=collator,
+            data_collator=Collator(processor),
             train_dataset=cast(Any, data),
             eval_dataset=cast(Any, self.eval_data if self.eval_data is not None else ({} if self.tasks else None)),
             processing_class=processor,
@@ -277,32 +321,49 @@ class Plan:
         )
         pruning.start()
         try:
-            result = trainer.train(resume_from_checkpoint=self.checkpoint)
+            result = trainer.train(resume_from_checkpoint=checkpoint)
             metrics = dict(result.metrics)
-            if self.tasks or self.eval_data is not None:
+            if evaluates and (self.tasks or self.eval_data is not None):
                 metrics |= trainer.last_evaluation()
         finally:
             pruning.stop()
-        trainer.save_model()
-        trainer.save_state()
-        if main:
-            self.record |= {"complete": True, "steps": trainer.state.global_step, "metrics": metrics}
-            self.write()
-        return Outcome(
-            Path(cast(str, training.output_dir)),
-            metrics,
-            trainer.state.log_history,
-            learns,
-            numbers,
-            model.eval(),
-            processor,
-        )
+        return trainer, metrics
+
+    def _two_stages(self, model: Any, processor: Any, data: Samples) -> tuple[Any, _Trainer, dict[str, float]]:
+        """LoFiT: stage 1 is in the folder `heads`, what it chooses in lofit_heads.json. -> (model, trainer, metrics)
+
+        A run that goes on skips stage 1 where the heads are chosen.
+        """
+        file, training = self.output / HEADS, self.training
+        settings = STAGES | self.tuning.settings
+        rate = settings.pop("first_rate")
+        first = copy.copy(training)
+        first.output_dir, first.load_best_model_at_end = str(self.output / FIRST), False
+        first.eval_strategy = IntervalStrategy.NO
+        first.learning_rate = training.learning_rate if rate is None else rate
+        early = self.checkpoint is not None and Path(self.checkpoint).parent.name == FIRST
+        heads = json.loads(file.read_text()) if self.resumes and file.is_file() else None
+        trained: list[tuple[_Trainer, dict[str, float]]] = []
+
+        def train(stage: Any, number: int) -> None:
+            if number == 1:
+                trainer, _ = self._train(stage, processor, data, first, self.checkpoint if early else None)
+                chosen = select_heads(stage, settings["k"])
+                trainer.accelerator.wait_for_everyone()
+                if training.process_index == 0:
+                    write_atomic(file, json.dumps(chosen) + "\n")
+                set_seed(training.seed)  # stage 2 begins as it would without stage 1
+            else:
+                trained.append(self._train(stage, processor, data, training, None if early else self.checkpoint))
+
+        tuned = two_stages(model, train, heads=heads, **settings)
+        self.record["heads"] = heads or json.loads(file.read_text())
+        return tuned, *trained[0]
 
     def write(self) -> None:
         """Write what is known of the run."""
-        folder = Path(cast(str, self.training.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / FINETUNED, json.dumps(self.record, indent=1) + "\n")
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.output / FINETUNED, json.dumps(self.record, indent=1) + "\n")
 
 
 def prepared(training: TrainingArguments) -> TrainingArguments:
@@ -310,6 +371,22 @@ def prepared(training: TrainingArguments) -> TrainingArguments:
     training = copy.copy(training)
     training.remove_unused_columns = False  # samples are conversations, not columns
     training.label_names = training.label_names or ["labels"]  # a PEFT model's forward does not tell
+    if training.n_gpu > 1:
+        raise NotImplementedError(
+            f"one process with {training.n_gpu} GPUs would run copies of the model: start it with accelerate launch, "
+            "or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if training.world_size == 1 and on_cpu and "MASTER_ADDR" in os.environ:
+        raise ValueError(
+            "accelerate launch --cpu starts one process, whatever its --num_processes: for several on a CPU set "
+            "ACCELERATE_USE_CPU=true and use accelerate launch --multi_gpu --num_processes N"
+        )
+    if training.train_sampling_strategy not in ("random", "sequential"):
+        raise NotImplementedError(
+            f"train_sampling_strategy={training.train_sampling_strategy}: lengths of conversations with pictures are "
+            "not known beforehand; there are random and sequential"
+        )
     if training.device.type == "cpu":
         training.dataloader_pin_memory = False
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
@@ -333,37 +410,49 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
+def asked_to_resume(training: TrainingArguments) -> str:
+    """What resume_from_checkpoint says: "no", "last" (there must be one), "auto" (if there is one), or a folder."""
+    asked = str(training.resume_from_checkpoint or "no")
+    words = {"no": "no", "false": "no", "none": "no", "true": "last", "last": "last", "auto": "auto"}
+    return words.get(asked.lower(), asked)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint of a run, of LoFiT's first stage where there is none of the second; None: there is none."""
+    for one in (folder, folder / FIRST):
+        if one.is_dir() and (found := get_last_checkpoint(str(one))) is not None:
+            return found
+    return None
+
+
 def _checkpoint(training: TrainingArguments, record: dict[str, Any]) -> str | None:
     """The checkpoint to go on from, None: from the start. ValueError where the folder holds something else."""
     folder = Path(cast(str, training.output_dir))
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--output_dir {folder} is a file")
-    asked = training.resume_from_checkpoint
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    stored = _stored(folder / FINETUNED)
-    if asked is None or str(asked).lower() in ("false", "none", ""):
-        if stored is not None and stored.get("complete"):
-            raise ValueError(f"{folder} holds a finished run ({stored.get('command')}): choose another --output_dir")
-        if last is not None:
-            raise ValueError(
-                f"{folder} has checkpoints, the last is {Path(last).name}: add --resume_from_checkpoint true to go on "
-                "from there, or choose another --output_dir"
-            )
+    asked, last, stored = asked_to_resume(training), last_checkpoint(folder), _stored(folder / FINETUNED)
+    if stored is not None and stored.get("complete") and asked in ("no", "auto"):
+        raise ValueError(f"{folder} holds a finished run ({stored.get('command')}): choose another --output_dir")
+    if asked == "no" and last is not None:
+        raise ValueError(
+            f"{folder} has checkpoints, the last is {Path(last).relative_to(folder)}: add --resume_from_checkpoint "
+            "true to go on from there, or choose another --output_dir"
+        )
+    if asked == "no" or asked == "auto" and last is None:
         return None
-    if str(asked).lower() in ("true", "last"):
+    if asked in ("last", "auto"):
         if last is None:
             raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
         checkpoint = last
     else:
-        checkpoint = str(asked)
+        checkpoint = asked
         if not (Path(checkpoint) / "trainer_state.json").is_file():
             raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: it is no folder of a checkpoint")
-        stored = _stored(Path(checkpoint).parent / FINETUNED)
+        above = Path(checkpoint).resolve().parent
+        stored = _stored((above.parent if above.name == FIRST else above) / FINETUNED)
     if stored is None:
         return checkpoint
-    words = [
-        f"{name} {stored.get(name)} (now {record[name]})" for name in IDENTITY if stored.get(name) != record[name]
-    ]
+    words = [f"{n} {stored.get(n)} (now {record[n]})" for n in IDENTITY if stored.get(n) != record[n]]
     if words:
         raise ValueError(f"{checkpoint} was made with {'; '.join(words)}: choose another --output_dir")
     old = stored.get("training", {})

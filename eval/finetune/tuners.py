@@ -2,6 +2,7 @@
 
 Settings are the fields of the PEFT config. Lists are written with slashes: "lora:target_modules=q_proj/v_proj". LoRA
 adapts the projections of the language model, and names given to it are looked for there, never in the vision tower.
+"lofit" runs the paper's two stages (settings: STAGES); with a `component` it is one stage, settings of LofitConfig.
 """
 
 import dataclasses
@@ -18,6 +19,10 @@ from vlmfast.families import family_of
 from vlmfast.families.base import did_you_mean
 
 FULL = "full"
+# The two stages of LoFiT; k: heads that are kept, None: 10 %; first_rate: learning rate of stage 1, None: as stage 2.
+STAGES: dict[str, Any] = {
+    "k": None, "l1_lambda": 5e-4, "init_std": 1e-3, "positions": "all", "first_rate": None,
+}  # fmt: skip
 WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -27,6 +32,11 @@ class Tuning:
 
     name: str
     settings: dict[str, Any]
+
+    @property
+    def stages(self) -> bool:
+        """Whether it is LoFiT in two stages."""
+        return self.name == "lofit" and "component" not in self.settings
 
     def __str__(self) -> str:
         words = [f"{key}={_written(value)}" for key, value in self.settings.items()]
@@ -45,23 +55,31 @@ def parse(spec: str) -> Tuning:
     if name not in ways:
         raise ValueError(f"unknown tuner {name!r}{did_you_mean(name, ways)}; there are {', '.join(ways)}")
     settings: dict[str, Any] = {}
-    fields = {"tower": False} if ways[name] is None else _defaults(ways[name])
-    for part in filter(None, (piece.strip() for piece in rest.split(","))) if colon else ():
+    parts = [piece.strip() for piece in rest.split(",") if piece.strip()] if colon else []
+    stages = name == "lofit" and not any(part.partition("=")[0].strip() == "component" for part in parts)
+    fields = {"tower": False} if ways[name] is None else STAGES if stages else _defaults(ways[name])
+    for part in parts:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not value:
             raise ValueError(f"tuner {spec!r}: write settings as name=value, got {part!r}")
         if key not in fields:
             some = ", ".join(sorted(fields)) if len(fields) < 20 else "the fields of its PEFT config"
-            raise ValueError(f"{name} has no setting {key!r}{did_you_mean(key, fields)}; there are {some}")
+            hint = " (in two stages; name a component for one)" if stages else ""
+            raise ValueError(f"{name}{hint} has no setting {key!r}{did_you_mean(key, fields)}; there are {some}")
         if key in settings:
             raise ValueError(f"tuner {spec!r}: {key} is named twice")
         settings[key] = _read(value, fields[key], f"{name}: {key}")
     tuning = Tuning(name, settings)
-    if (config := ways[name]) is not None:
+    config = ways[name]
+    if config is not None:
         try:
-            config(**settings)
+            config(**({key: value for key, value in settings.items() if key not in ("k", "first_rate")}))
         except (ValueError, TypeError) as error:
             raise ValueError(f"tuner {spec!r}: {error}") from error
+    for key, value in settings.items() if stages else ():
+        kind = {"k": int, "first_rate": int | float}.get(key)
+        if kind is not None and (not isinstance(value, kind) or isinstance(value, bool) or value <= 0):
+            raise ValueError(f"tuner {spec!r}: {key} must be a number above 0")
     return tuning
 
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 SOURCES := vlmfast adapters eval scripts tests
 
-.PHONY: eval compare attention decoding test format check typecheck bench
+.PHONY: eval compare attention decoding tuning test format check typecheck bench
 
 # The main job: the shipped models under every method and budget, then table, picture and page. Options through ARGS,
 # for example `make eval ARGS="--limit 20 --out results/quick"`.
@@ -33,6 +33,11 @@ decoding: $(VENV)/installed
 		--out results/decoding $(ARGS)
 	$(BIN)/vlmfast eval --method opera --beams 5 --task existence --task caption --task digits \
 		--out results/decoding-beams $(ARGS)
+
+# What fine-tuning teaches, what is forgotten, and what it costs: every tuner on the testbed's new skill, one table.
+# For the other model: make tuning ARGS="--model testbed:qwen2_5_vl".
+tuning: $(VENV)/installed
+	$(BIN)/python scripts/tuning.py $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)

@@ -28,6 +28,7 @@ from vlmfast.eval.testbed.scenes import CATEGORIES, COLOURS, SPLITS, WORDS, Box,
 
 KINDS = tuple(sprites.NEW_GLYPHS)
 TASKS = ("novel_object", "novel_relation")
+FILE = "data.jsonl"  # of a data set
 PER_SCENE = 4  # questions of one scene in a data set
 HASH = "339e0a5360ed4aa57caa85266e79ea6667a8828f6e5a2332fa2054f601994cff"
 _SIGNS = tuple(word for word in WORDS if word not in KINDS)  # no sign names a new kind
@@ -148,7 +149,7 @@ def write(folder: str | Path, count: int, split: Split, rehearsal: float = 0.0) 
                 "task": question.task,
             }
         )
-    file = target / "data.jsonl"
+    file = target / FILE
     file.with_suffix(".new").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     file.with_suffix(".new").replace(file)
     return file

@@ -270,9 +270,13 @@ class Tuner(BaseTuner):
                 layer.check_merge(adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in PEFT, all layers or none."""
+        """As in PEFT, all layers or none: after an error nothing is merged."""
         self.check_merge(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except BaseException:
+            self.unmerge_adapter()
+            raise
 
     def _unload_and_optionally_merge(
         self,
@@ -282,7 +286,7 @@ class Tuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self.check_merge(adapter_names)
+            self.merge_adapter(adapter_names, safe_merge)  # before any layer is taken away
         else:
             self.unmerge_adapter()  # the base as it was, also where an adapter is merged at the moment
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)

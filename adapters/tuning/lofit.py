@@ -38,7 +38,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from vlmfast.adapters.tuning.base import Tuner, TunerConfig, TunerLayer, register
@@ -164,7 +164,8 @@ class LofitLayer(TunerLayer):
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
         """NotImplementedError for adapters that act on text alone, and on weights that are no plain matrix."""
-        names = [name for name in adapter_names or self.active_adapters if name in self.lofit_heads]
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in self.lofit_heads]
         if any(self.lofit_positions[name] == "text" for name in names):
             raise NotImplementedError('LoFiT with positions="text" cannot be merged: weights act on every token')
         base = self.base_layer
@@ -176,8 +177,12 @@ class LofitLayer(TunerLayer):
             )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put adapters into W_o and its bias, which is made where there was none. ValueError: safe_merge met NaN."""
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lofit_heads]
+        """Put adapters into W_o and its bias, which is made where there was none, once each.
+
+        adapter_names: None: the active ones. ValueError: safe_merge met NaN.
+        """
+        wanted = self.active_adapters if adapter_names is None else adapter_names
+        names = [name for name in wanted if name in self.lofit_heads and name not in self.merged_adapters]
         self.check_merge(names)
         if not names:
             return

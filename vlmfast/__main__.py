@@ -1,4 +1,4 @@
-"""Command line: ``vlmfast list | run | sinks | eval | heads | bench | flops | report``.
+"""Command line: ``vlmfast list | run | sinks | eval | heads | rank-layers | bench | flops | report``.
 
 The only core file that may import upwards, and only inside the commands: help must not wait for torch.
 """
@@ -263,6 +263,7 @@ examples:
   vlmfast eval --model testbed:llava --method random --method fastv --flops 0.6     (all at the same cost)
   vlmfast eval --model testbed:llava --adapter runs/lora --method none --method hiprune --keep 0.33
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method none --method hiprune --device cuda --dtype bfloat16
+  accelerate launch --num_processes 8 -m vlmfast eval --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --out shared
 """,
 )
 def evaluate(
@@ -300,6 +301,7 @@ def evaluate(
     from vlmfast.eval import report
     from vlmfast.eval.models import with_adapter
     from vlmfast.eval.runner import evaluate as score
+    from vlmfast.eval.sharing import of_environment
 
     if adapter is not None and len(model) != 1:
         raise ValueError("--adapter goes with one --model, the one that it was trained on")
@@ -311,7 +313,8 @@ def evaluate(
     except KeyboardInterrupt:
         typer.echo(f"vlmfast: interrupted; what is done is in {out}, the same command goes on from there", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    report.make(out)
+    if of_environment().first:
+        report.make(out)
 
 
 @app.command(
@@ -360,6 +363,48 @@ def heads(
         raise typer.Exit(INTERRUPTED) from None
     search.show(found, found.chosen(margin, best[0]))
     typer.echo(f"\nheads  {out}\nscores {out.with_suffix('.scores.json')}")
+
+
+@app.command(
+    "rank-layers",
+    epilog="""\b
+examples:
+  vlmfast rank-layers --model testbed:llava --task existence --limit 20 --visual-update none --out ranking.json
+  vlmfast rank-layers --model llava-hf/llava-1.5-7b-hf --image a.jpg --image b.jpg --prompt "What is on the table?"
+  vlmfast eval --model testbed:llava --method eemllm:layers=ranking.json,top=0.5,visual_update=none --task existence
+""",
+)
+def rank(
+    model: Model,
+    task: Tasks = None,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", metavar="FILE", help="Pictures of your own, no task. Repeatable.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The question about them.")] = None,
+    visual_update: Annotated[
+        str, typer.Option(metavar="HOW", help="self, ffn or none: what visual tokens go through in a layer.")
+    ] = "self",
+    layers: Annotated[str, typer.Option(metavar="LIST", help="Which are tried, such as 2: or 1/-14:.")] = "all",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Add layers one by one, in some L^2 / 2 trials.")] = False,
+    count: Annotated[int | None, _number("With --greedy: how many are added so (default: all).")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="NAME.json, for eemllm:layers=NAME.json,top=N.")] = Path(
+        "ranking.json"
+    ),
+    limit: Annotated[int | None, _number("Images per task (default: what each task takes).")] = None,
+    batch: Annotated[int, _number("Questions at a time.")] = 16,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Rank layers by how little they need visual attention.
+
+    Lets visual tokens skip attention to each other (eemllm) in one layer after the other, and measures how far the
+    distribution of the answer's first token moves, on pictures that no evaluation uses.
+    """
+    from vlmfast.eval import ranking
+
+    settings: dict[str, Any] = {"visual_update": visual_update, "layers": layers, "greedy": greedy, "count": count}
+    settings |= {"images": image or (), "prompt": prompt, "tasks": task or None, "limit": limit, "batch": batch}
+    ranking.run(model, out, device=device or best_device(), dtype=dtype, **settings)
 
 
 @app.command(

@@ -84,6 +84,13 @@ class SlimeConfig(TunerConfig):
         if self.parity not in ("repaired", "official"):
             raise ValueError(f"parity={self.parity!r}: choose 'repaired' or 'official'")
 
+    def heads(self, width: int) -> int:
+        """Of R over a tower of this width. ValueError where they do not divide it."""
+        heads = self.num_heads or max(1, width // HEAD)
+        if width % heads or width % 4:
+            raise ValueError(f"num_heads={heads} does not divide the tower's width of {width}; choose one that does")
+        return heads
+
 
 def square(number: int) -> bool:
     """Whether a number is one."""
@@ -148,10 +155,7 @@ class Mixture(nn.Module):
     def __init__(self, width: int, config: SlimeConfig) -> None:
         super().__init__()
         assert config.num_queries is not None
-        heads = config.num_heads or max(1, width // HEAD)
-        if width % heads or width % 4:
-            raise ValueError(f"num_heads={heads} does not divide the tower's width of {width}; choose one that does")
-        self.resampler = Resampler(width, config.num_queries, heads)
+        self.resampler = Resampler(width, config.num_queries, config.heads(width))
         self.gate = nn.Parameter(torch.zeros(width, 2))
         self.spread = None if config.parity == "official" else nn.Parameter(torch.zeros(width, 2))
         self.strength = nn.Parameter(torch.zeros(())) if config.gate_init == "identity" else None
@@ -182,9 +186,7 @@ class Mixture(nn.Module):
             return plain
         first = 0 if square(n) else 1  # CLS
         if not square(n - first):
-            raise NotImplementedError(
-                f"SliME mixes views of square grids, with or without CLS; this one has {n} tokens"
-            )
+            raise NotImplementedError(f"SliME mixes square views, with or without CLS; this one has {n} tokens")
         own, tokens = plain[:, first:].float(), view[:, first:]
         gates = self.gates(tokens)
         other = project(self.resampler(tokens.to(self.resampler.queries.dtype)).to(view.dtype)).float()
@@ -195,6 +197,11 @@ class Mixture(nn.Module):
         return torch.cat([plain[:, :first], mixed.to(plain.dtype)], dim=1)
 
 
+def width_into(projector: nn.Module) -> int:
+    """C of the features that a projector takes."""
+    return next(int(part.in_features) for part in projector.modules() if isinstance(part, nn.Linear))
+
+
 class SlimeLayer(TunerLayer):
     """A projector with mixtures around it."""
 
@@ -203,7 +210,7 @@ class SlimeLayer(TunerLayer):
     def __init__(self, base_layer: nn.Module, number: int | None, here: Here | None) -> None:
         super().__init__(base_layer, number, here)
         self.slime_mixture = nn.ModuleDict()
-        self.width = next(part.in_features for part in base_layer.modules() if isinstance(part, nn.Linear))
+        self.width = width_into(base_layer)
 
     def update_layer(self, adapter_name: str, config: SlimeConfig) -> None:
         """Add an adapter."""
@@ -242,6 +249,7 @@ class SlimeModel(Tuner):
         ):
             raise ValueError("SliME wraps the projector: leave target_modules and layers_to_transform out")
         config: SlimeConfig = super()._prepare_adapter_config(peft_config, model_config)
+        config.heads(width_into(self.model.get_submodule(str(config.target_modules))))
         if config.num_queries is None:
             vision = self.model.config.vision_config
             config.num_queries = (vision.image_size // vision.patch_size) ** 2

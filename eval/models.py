@@ -132,22 +132,27 @@ def model_hash(folder: Path, adapter: Path | None = None) -> str:
     return digest.hexdigest()
 
 
-def load_model(name: str, *, device: str = "cpu", dtype: str = "float32") -> tuple[PreTrainedModel, Any]:
+def load_model(
+    name: str, *, device: str = "cpu", dtype: str = "float32", device_map: Any = None, attention: str | None = None
+) -> tuple[PreTrainedModel, Any]:
     """The model, in evaluation mode on the device, and its processor; errors as in `model_folder`.
 
-    With an adapter it is the same transformers model with PEFT's layers in it; ImportError without PEFT, ValueError
-    for an adapter that does not fit the model.
+    device_map: where transformers puts the parts, instead of the device. attention: `attn_implementation`. With an
+    adapter it is the same transformers model with PEFT's layers in it; ImportError without PEFT, ValueError for an
+    adapter that does not fit the model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     target = check_device(device)
     folder = model_folder(name)
     with _quiet():
-        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=DTYPES[dtype])
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=DTYPES[dtype], device_map=device_map, attn_implementation=attention
+        )
     base, adapter = split_adapter(name)
     if adapter is not None:
         model = _adapted(model, base, adapter)
-    return model.to(target).eval(), load_processor(folder)
+    return (model if device_map is not None else model.to(target)).eval(), load_processor(folder)
 
 
 def _check_base(name: str, folder: Path) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vlmfast.inputs import Door
 
 DONE = "vlmfast_prepared"  # keyword of a forward whose inputs are already rewritten
+NAMED = ("__module__", "__name__", "__qualname__", "__doc__")  # not the annotations, which cannot be pickled
 MISSING_TYPES = (
     "mm_token_type_ids are missing: without them this family falls back to plain 1-D positions without a word; "
     "pass everything the processor returns"
@@ -28,7 +29,7 @@ class PrepareInputs:
 
     def __init__(self, door: Door, model: Any) -> None:
         self.door, self.original = door, model.prepare_inputs_for_generation
-        functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
+        functools.update_wrapper(self, self.original, NAMED, ())  # none of the attributes of another door
 
     def __call__(self, input_ids: Tensor, next_sequence_length: int | None = None, **kwargs: Any) -> dict[str, Any]:
         """As the original, over the rewritten prompt."""
@@ -62,7 +63,7 @@ class Generate:
 
     def __init__(self, door: Door, model: Any) -> None:
         self.door, self.model, self.original = door, model, model.generate
-        functools.update_wrapper(self, self.original, updated=())  # none of the attributes of another door
+        functools.update_wrapper(self, self.original, NAMED, ())  # none of the attributes of another door
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the original, after the checks."""

@@ -26,8 +26,10 @@ attention: $(VENV)/installed
 	$(BIN)/vlmfast eval $(ATTENTION:%=--method %) --task existence --task caption --task digits --task word \
 		--out results/attention $(ARGS)
 
-# What decoding methods change, against greedy search; then OPERA against plain beams of its width.
-DECODING := dola deco only vista vcd vcd:branch=fastervlm/keep=0.1/fallback=received m3id agla:matcher=self pai opera
+# What decoding methods change, against greedy search, beside plain beams of OPERA's width (OPERA without its penalty);
+# then OPERA against these.
+DECODING := dola deco only vista vcd vcd:branch=fastervlm/keep=0.1/fallback=received m3id agla:matcher=self pai opera \
+	opera:alpha=0,threshold=inf
 decoding: $(VENV)/installed
 	$(BIN)/vlmfast eval $(DECODING:%=--method %) --task existence --task caption --task digits \
 		--out results/decoding $(ARGS)

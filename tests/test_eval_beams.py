@@ -63,10 +63,14 @@ def test_the_unpatched_model_searches_with_them(folders, tmp_path, monkeypatch):
 
 
 def test_a_method_that_needs_beams_has_them_and_is_paired_with_greedy_search(folders, tmp_path):
-    plain, opera = run(folders, tmp_path, ["opera"], ())
-    assert told(plain) == expected(folders / "llava", "none", 1)
-    assert told(opera) == expected(folders / "llava", "opera", 5)
-    assert read_result(plain).beams == read_result(opera).beams == 1
+    """Beside it, without its penalty: plain beams of its width, by a name of their own."""
+    paths = run(folders, tmp_path, ["opera", "opera:alpha=0,threshold=inf"], ())
+    for path, spec, beams in zip(paths, ("none", "opera", "none"), (1, 5, 5), strict=True):
+        assert told(path) == expected(folders / "llava", spec, beams)
+        assert read_result(path).beams == 1
+    (section,) = arrange(load_results([tmp_path]))
+    assert [row.label for row in section.rows] == ["unpatched", "opera", "plain beams"]
+    assert section.rows[2].difference is not None
 
 
 def test_beams_of_specs():

@@ -238,6 +238,10 @@ class TestRows:
         assert line_label("hiprune:keep=0.33") == ("hiprune", "")
         assert line_label("hiprune:keep=0.33,alpha=0.2") == ("hiprune", "alpha=0.2")
         assert line_label("hiprune:alpha=0.2, keep=4+var:beta=1") == ("hiprune+var", "alpha=0.2 beta=1")
+        assert line_label("opera:alpha=0,threshold=inf") == ("plain beams", "")
+        assert line_label("opera:alpha=0") == ("opera", "alpha=0")
+        assert line_label("hiprune:keep=0.3+opera:alpha=0,threshold=inf")[0] == "hiprune+opera"
+        assert line_label("dola:layers=none") == ("dola", "layers=none")
         plain, other, seeded = "hiprune:keep=0.5", "hiprune:keep=0.5,alpha=0.2", "random:keep=0.5,seed=3"
         (section,) = arrange([made_up("m", spec) for spec in (plain, other, seeded)])
         assert section.labels == ("random", "hiprune", "hiprune alpha=0.2")

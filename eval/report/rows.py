@@ -10,11 +10,12 @@ from functools import cached_property
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from vlmfast.adapters import ADAPTERS
+from vlmfast.adapters import ADAPTERS, from_spec
 from vlmfast.eval.results import Metric, Result
 
 CONTROLS = ("random", "grid")
 UNPATCHED = "unpatched"
+PLAIN_BEAMS = "plain beams"
 
 
 class Interval(NamedTuple):
@@ -149,15 +150,29 @@ def arrange(results: Sequence[Result]) -> list[Section]:
 
 
 def line_label(spec: str) -> tuple[str, str]:
-    """Method and settings of a spec, without keep: ``hiprune:keep=0.33,alpha=0.2`` -> (``hiprune``, ``alpha=0.2``)."""
+    """Method and settings of a spec, without keep: ``hiprune:keep=0.33,alpha=0.2`` -> (``hiprune``, ``alpha=0.2``).
+
+    A search with beams that changes nothing else has a name of its own: it is there to be compared with.
+    """
     if spec == "none":
         return UNPATCHED, ""
+    if beams_alone(spec):
+        return PLAIN_BEAMS, ""
     names, settings = [], []
     for part in spec.split("+"):
         name, _, rest = part.partition(":")
         names.append(name.strip())
         settings += [one.strip() for one in rest.split(",") if not re.match(r"\s*(keep\s*=|$)", one)]
     return "+".join(names), " ".join(settings)
+
+
+def beams_alone(spec: str) -> bool:
+    """Whether the methods of a spec change nothing but that there are beams: ``opera:alpha=0,threshold=inf``."""
+    try:
+        methods = from_spec(spec)
+    except ValueError:  # of another version, with other settings
+        return False
+    return any(one.beams > 1 for one in methods) and all(getattr(one, "neutral", False) for one in methods)
 
 
 _COMPARABLE = ("model", "model_hash", "limit", "seed", "device", "dtype", "beams")

@@ -94,6 +94,8 @@ class StepsDoor:
                 patch.hook(self.decoder.layers[0], self.before_layers, before=True)
         if asks is not None:
             head = patch.model.get_output_embeddings()
+            if type(head) is nn.Linear and "forward" not in head.__dict__:
+                patch.set(head, "forward", FewRows(self, head))
             patch.hook(head, self.before_head, before=True, first=False)
             patch.hook(head, self.after_head)
         patch.hook(patch.model, self.after_model)
@@ -149,6 +151,30 @@ class StepsDoor:
     def report(self, report: Report) -> Report:
         """Say what the method does."""
         return replace(report, notes=(*report.notes, f"{self.name}: {self.what}"))
+
+
+class FewRows:
+    """Stands for a head's forward: a handful of rows in one product on a CPU.
+
+    There x W^T with two to seven rows reads W once a row (MKL's products of vectors), W x^T reads it once: 68 and 21
+    ms for two rows, a vocabulary of 151,936 and a width of 896 on one thread. Plain decoding has one row.
+    """
+
+    MANY = 8  # from so many rows on both forms take the same time
+
+    def __init__(self, door: StepsDoor, head: nn.Linear) -> None:
+        self.door, self.head, self.original = door, head, head.forward
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """As the original, up to rounding. [..., D] -> [..., V]"""
+        rows = hidden.flatten(0, -2)
+        few = 1 < len(rows) < self.MANY and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
+        if not (few and self.door.running):
+            return self.original(hidden)
+        output = (self.head.weight @ rows.T).T.contiguous()
+        if self.head.bias is not None:
+            output += self.head.bias
+        return output.unflatten(0, hidden.shape[:-1])
 
 
 def last(hidden: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Batches from conversations: the processor's own chat template, pictures packed by the processor, labels of answers.
 
 Which characters of a rendered conversation are answers is read off the template itself: from its `{% generation %}`
-marks where it has them; else by rendering the conversation up to each answer, with the prompt for an answer, and up to
-its end. Both must be beginnings of the whole conversation, or there is an error: nothing is searched for. Characters
+marks where it has them; else by rendering the conversation up to each answer, with the prompt for one, and up to its
+end. Both must be beginnings of the whole conversation, or there is an error: nothing is searched for. Characters
 become tokens by the tokenizer's offsets and the processor's record of what each placeholder grew to.
 """
 
@@ -105,9 +105,10 @@ def answers(processor: Any, messages: Sequence[dict[str, Any]]) -> tuple[str, li
     Raises ValueError where the template renders an answer in another way when it is the last one.
     """
 
-    def render(turns: Sequence[dict[str, Any]], prompt: bool = False) -> str:
-        return processor.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
+    def render(said: Sequence[dict[str, Any]], prompt: bool = False) -> str:
+        return processor.apply_chat_template(list(said), tokenize=False, add_generation_prompt=prompt)
 
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     template = processor.chat_template
     if isinstance(template, str) and MARKED.search(template):
         (text,), (marks,) = render_jinja_template(
@@ -117,17 +118,20 @@ def answers(processor: Any, messages: Sequence[dict[str, Any]]) -> tuple[str, li
             **processor.tokenizer.special_tokens_map,
         )
         spans = list(marks)
+        for number, turn in enumerate(turns if len(turns) == len(spans) else ()):
+            before, (start, end) = render(messages[:turn], prompt=True), spans[number]
+            if text.startswith(before) and not text[len(before) : start].strip():
+                spans[number] = (len(before), end)  # white space between is what the model begins its answer with
     else:
         text, spans = render(messages), []
-        for number, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before, whole = render(messages[:number], prompt=True), render(messages[: number + 1])
-                if not (text.startswith(whole) and whole.startswith(before)):
-                    raise ValueError(
-                        f"the chat template renders turn {number + 1} in another way when it is not the last one, so "
-                        "that its tokens cannot be told for certain: make one record for each answer"
-                    )
-                spans.append((len(before), len(whole)))
+        for turn in turns:
+            before, whole = render(messages[:turn], prompt=True), render(messages[: turn + 1])
+            if not (text.startswith(whole) and whole.startswith(before)):
+                raise ValueError(
+                    f"the chat template renders turn {turn + 1} in another way when it is not the last one, so that "
+                    "its tokens cannot be told for certain: make one record for each answer"
+                )
+            spans.append((len(before), len(whole)))
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     spoken = "".join(part["text"] for part in messages[-1]["content"]).strip()
     end, eos = spans[-1][1], processor.tokenizer.eos_token

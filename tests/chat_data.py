@@ -1,0 +1,95 @@
+"""Conversations about pictures, and processors with other tokenizers and templates, for the tests of fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+COLOURS = ("red", "blue", "green", "yellow")
+# As in llava-hf/llava-1.5-7b-hf: marks what is generated, and ends without any token.
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# As in Qwen2-VL: a new line behind the end of a turn.
+CHATML_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' %}<image>{% else %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Says another thing behind an answer that is not the last one.
+CHANGING_TEMPLATE = CHATML_TEMPLATE.replace(
+    "<|im_end|>\n{% endfor %}",
+    "{% if message['role'] == 'assistant' and not loop.last %} and{% endif %}<|im_end|>\n{% endfor %}",
+)
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def turn(role: str, *parts: str | None) -> dict[str, Any]:
+    """A turn; None is a picture."""
+    return {"role": role, "content": [{"type": "image"} if part is None else text(part) for part in parts]}
+
+
+def picture(height: int = 90, width: int = 120, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def write_lines(path: Path, records: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def colours(folder: Path, number: int = 6) -> Path:
+    """JSON lines beside pictures of one colour each, and a question about it."""
+    values = {"red": (220, 0, 0), "blue": (0, 0, 220), "green": (0, 200, 0), "yellow": (220, 220, 0)}
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    records = []
+    for i in range(number):
+        name = COLOURS[i % len(COLOURS)]
+        Image.new("RGB", (60 + 10 * i, 90), values[name]).save(folder / "pictures" / f"{i}.png")
+        messages = [turn("user", None, "what colour is it ?"), turn("assistant", name)]
+        records.append({"messages": messages, "images": [f"pictures/{i}.png"]})
+    return write_lines(folder / "train.jsonl", records)
+
+
+def bpe_processor(template: str) -> LlavaProcessor:
+    """LLaVA's processor with a byte-level tokenizer, whose tokens carry the spaces before them."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    lines = ["USER: what is red ? ASSISTANT: the cup user assistant system \n", "a cup, a dog and no ball"] * 3
+    special = ["<image>", "<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        lines, BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", padding_side="left",
+        additional_special_tokens=["<image>", "<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    size = {"height": 20, "width": 20}
+    pictures = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
+    return LlavaProcessor(
+        pictures, fast, patch_size=10, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template,
+    )  # fmt: skip

@@ -87,7 +87,7 @@ class Arguments:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Arguments:
-        """From names and values, texts or read already; None: as if it were not there. ValueError for what cannot be."""
+        """From names and values, texts or read already; None: not given. ValueError for what cannot be."""
         known = cls.defaults()
         for name in given:
             if name not in known:
@@ -167,6 +167,9 @@ def _value(name: str, value: Any) -> Any:
         except ValueError:
             words = "whole number" if kind == "int" else "number"
             raise ValueError(f"{name}={value}: no {words}") from None
-    if name == "system_prompt" and Path(value).is_file():
-        return Path(value).read_text(encoding="utf-8").strip()
+    if name == "system_prompt":
+        try:
+            return Path(value).read_text(encoding="utf-8").strip()
+        except OSError:  # no file: the text itself
+            pass
     return value

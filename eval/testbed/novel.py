@@ -30,7 +30,7 @@ KINDS = tuple(sprites.NEW_GLYPHS)
 TASKS = ("novel_object", "novel_relation")
 FILE = "data.jsonl"  # of a data set
 PER_SCENE = 4  # questions of one scene in a data set
-HASH = "339e0a5360ed4aa57caa85266e79ea6667a8828f6e5a2332fa2054f601994cff"
+HASH = "6597e82f8adcc45b1f6662e0e9c520df1b5945de4c176fd01eb07cd4fdb6eb65"
 _SIGNS = tuple(word for word in WORDS if word not in KINDS)  # no sign names a new kind
 
 
@@ -63,19 +63,21 @@ def questions(scene: Scene, split: Split, index: int) -> list[Question]:
 
 
 def _objects(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Old forms about new kinds: is it there (as many yes as no), what colour has it, what has the colour."""
+    """Old forms about new kinds: what colour has it, what has the colour; is it there, once yes and once no."""
     present = [kind for kind in scene.present if kind in KINDS]
-    absent = [kind for kind in KINDS if kind not in present]
     asked = []
-    for kind, other in zip(present, rng.choice(absent, len(present), replace=False).tolist()):
+    for kind in present:
         colour = next(o.colour for o in scene.objects if o.category == kind)
-        info, nothing = {"query": kind, "target": (kind,)}, {"query": other, "target": ()}
+        info = {"query": kind, "target": (kind,)}
         asked += [
-            Question("novel_object", f"is there a {kind} ?", "yes", "existence", info),
-            Question("novel_object", f"is there a {other} ?", "no", "existence", nothing),
             Question("novel_object", f"what colour is the {kind} ?", colour, "colour", info),
-            Question("novel_object", f"what is {colour} ?", kind, "name", {"query": colour, "target": (kind,)}),
+            Question("novel_object", f"what is {colour} ?", kind, "name", info | {"query": colour}),
         ]
+    if present:
+        absent = [kind for kind in KINDS if kind not in present]
+        for kind, answer in ((str(rng.choice(present)), "yes"), (str(rng.choice(absent)), "no")):
+            info = {"query": kind, "target": (kind,) if answer == "yes" else ()}
+            asked.append(Question("novel_object", f"is there a {kind} ?", answer, "existence", info))
     return asked
 
 

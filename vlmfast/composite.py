@@ -34,6 +34,7 @@ from vlmfast.edits.turn import Turn
 from vlmfast.families import Family
 from vlmfast.layers.tokens import Placed
 from vlmfast.lockstep import streaming
+from vlmfast.modality import beside_the_prompts
 from vlmfast.patching import Patch
 
 UPDATES: Mapping[str, Parts] = {
@@ -124,7 +125,8 @@ class Gathered:
             return self.original(hidden, *args, **kwargs)
         flat = rows.flat.to(hidden.device)
         some = flat if len(flat) else flat.new_zeros(1)  # not every module takes no tokens at all
-        output = self.original(hidden.flatten(0, 1).index_select(0, some)[None], *args, **kwargs)
+        with beside_the_prompts():  # adapters that tell visual tokens from text: all of these are text
+            output = self.original(hidden.flatten(0, 1).index_select(0, some)[None], *args, **kwargs)
         found = output[0] if isinstance(output, tuple) else output
         spread = found.new_zeros(hidden.shape[0] * hidden.shape[1], found.shape[-1])
         spread = spread.index_copy_(0, flat, found[0, : len(flat)]).unflatten(0, hidden.shape[:2])
@@ -140,6 +142,7 @@ class CompositeDoor:
 
     needs_visual = True
     compares = False
+    prompts_alone = True
 
     def __init__(self, patch: Patch, name: str, layers: Sequence[int], update: str) -> None:
         self.name, self.update = name, checked(update)

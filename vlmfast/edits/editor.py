@@ -12,7 +12,10 @@ from vlmfast.layers.tokens import Placed
 
 
 class Editor(Protocol):
-    """What the door needs of a method that edits attention."""
+    """What the door needs of a method that edits attention.
+
+    One with `prompts_alone = True` is not asked about generated tokens.
+    """
 
     @property
     def name(self) -> str:

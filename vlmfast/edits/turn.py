@@ -43,8 +43,9 @@ class Enter:
         """The turn of the layer's method; None: the layer runs as it is. hidden: [B, Q, D]"""
         if cache is not None and getattr(cache, EDITS, None) is not one.memory:
             setattr(cache, EDITS, one.memory)
-        watcher = self.door.watchers.get(self.number)
-        if self.number not in self.door.editors and not (watcher is not None and watcher.active):
+        watcher, editor = self.door.watchers.get(self.number), self.door.editors.get(self.number)
+        idle = editor is None or (not one.prompt and getattr(editor, "prompts_alone", False))
+        if idle and not (watcher is not None and watcher.active):
             return None
         return Turn(self.door, one, self.number, hidden, cache, moved)
 

@@ -95,6 +95,9 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
+        for name in ("in_features", "out_features"):  # what is asked of a projection
+            if hasattr(base_layer, name):
+                setattr(self, name, getattr(base_layer, name))
 
     def update_layer(self, adapter_name: str, config: Any) -> None:
         """Add an adapter: fill the dicts, then call `finish`."""

@@ -1,7 +1,8 @@
 """What every tuner promises on every family that it wraps, as an ordinary method of PEFT.
 
-The fast suite runs each promise for each tuner on one family, the first ones on two; `-m slow` on every family. A new
-tuner of `TUNERS` is taken up by itself: give it settings below, should its defaults not do.
+The fast suite runs the first promises for every tuner and the others for those that have most to lose, on one family
+or two; `-m slow` all for all on every family. A new tuner in TUNERS is taken up by itself: give it settings below,
+should its defaults not do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, build, shared
+from conftest import KINDS, TINY, build, shared
 from peft import PeftModel, PeftType, get_model_status, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,6 +27,14 @@ from vlmfast.adapters.tuning.base import Tuner, TunerConfig, register
 from vlmfast.families import FAMILIES
 
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]
+# Other settings under which the promises hold, in the slow suite: by a name that begins with the tuner's.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lofit text": {"positions": "text"},
+    "lofit A": {"component": "A"},
+    "pill alignment": {"stage": "alignment"},
+    "slime repaired": {"gate_init": "identity", "noise": True},
+    "visual_lora text": {"tokens": "text"},
+}
 # Settings that leave a model as it is until it is trained: the defaults, and these.
 NEUTRAL: dict[str, dict[str, Any]] = {"ademvl": {"mode": "augment", "gate": "zero"}, "lofit": {"init_std": 0.0}}
 # Settings that act visibly, beside the noise that `tuned` puts on whatever is trained.
@@ -40,17 +49,24 @@ WRAPS = {"slime": {name for name, family in FAMILIES.items() if family.projector
 
 
 def pairs(*fast: str, names: Any = TUNERS) -> list[Any]:
-    """Test parameters: every tuner on these families, on all others when slow."""
+    """Test parameters: these tuners on these families; when slow every tuner on all others, variants on some."""
     found = []
-    for name in names:
-        having = [family for family in TINY if family in WRAPS.get(name, TINY)]
-        light = [family for family in fast if family in having] or having[:1]
+    for name in [*TUNERS, *VARIANTS]:
+        having = [
+            family for family in (TINY if name in TUNERS else KINDS) if family in WRAPS.get(tuner_of(name), TINY)
+        ]
+        light = [family for family in fast if family in having] or having[:1] if name in names else []
         for family in having:
             found.append(pytest.param(name, family, marks=[] if family in light else pytest.mark.slow))
     return found
 
 
-def shake(model: Any, seed: int = 0, by: float = 0.3) -> None:
+def tuner_of(name: str) -> str:
+    """The tuner of a variant."""
+    return name.split()[0]
+
+
+def shake(model: Any, seed: int = 0, by: float = 0.1) -> None:
     """Move every trained value, so that all of an adapter acts."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -65,7 +81,14 @@ def trained(model: Any) -> dict[str, Any]:
 
 def config(name: str, **settings: Any) -> TunerConfig:
     """A tuner's config, acting visibly."""
-    return TUNERS[name](**(ACTING.get(name, {}) | settings))
+    tuner = tuner_of(name)
+    return TUNERS[tuner](**(ACTING.get(tuner, {}) | VARIANTS.get(name, {}) | settings))
+
+
+def neutral(name: str) -> TunerConfig:
+    """A tuner's config that changes nothing."""
+    tuner = tuner_of(name)
+    return TUNERS[tuner](**(VARIANTS.get(name, {}) | NEUTRAL.get(tuner, {})))
 
 
 def tuned(name: str, model: Any, adapter: str = "default", seed: int = 0, **settings: Any) -> Any:
@@ -125,8 +148,10 @@ def test_learns_and_leaves_the_model_as_it_was(name, family):
     one = build(family)
     inputs = one.prompts(ROWS)
     base, held, before = logits(one.model, inputs), weights(one.model), traces(one.model)
-    model = get_peft_model(one.model, TUNERS[name](**NEUTRAL.get(name, {}))).eval()
+    model = get_peft_model(one.model, neutral(name)).eval()
     assert torch.equal(logits(model, inputs), base), "these settings change nothing"
+    wrapped = [key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert wrapped and not any("vision" in key or "visual." in key for key in wrapped), "the tower is left alone"
     optimizer = torch.optim.Adam(trained(model).values(), lr=1e-2)
     losses = []
     for _ in range(4):
@@ -148,7 +173,7 @@ def test_learns_and_leaves_the_model_as_it_was(name, family):
     assert torch.equal(logits(plain, inputs), base)
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava", "qwen2_5_vl"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava"))
 def test_several_adapters_saved_and_loaded(name, family, tmp_path):
     one = build(family)
     inputs = one.prompts(ROWS)
@@ -172,7 +197,7 @@ def test_several_adapters_saved_and_loaded(name, family, tmp_path):
     model.save_pretrained(tmp_path)
     files = sorted(path.name for path in (tmp_path / "second").iterdir())
     assert [file for file in files if file != "README.md"] == ["adapter_config.json", "adapter_model.safetensors"]
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == name.upper()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == tuner_of(name).upper()
     again = build(family)
     loaded = PeftModel.from_pretrained(again.model, tmp_path, adapter_name="other").eval()
     assert torch.equal(logits(loaded, inputs), first)
@@ -187,7 +212,7 @@ def test_several_adapters_saved_and_loaded(name, family, tmp_path):
     assert torch.equal(logits(loaded.unload(), inputs), base)
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava", "qwen2_5_vl"))
+@pytest.mark.parametrize(("name", "family"), pairs("qwen2_5_vl"))
 def test_generates(name, family):
     """With a cache as without, rows of a batch as if alone, beams."""
     one = build(family)
@@ -208,13 +233,13 @@ def test_generates(name, family):
         assert torch.equal(model.generate(**prompt, **how, num_beams=3)[0, -4:], beams[row, start:])
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava", names=["lofit", "pill"]))
 def test_merges_or_says_that_it_cannot(name, family):
     one = build(family)
     inputs = one.prompts(ROWS)
     base, model = logits(one.model, inputs), tuned(name, one.model)
     acting, before = logits(model, inputs), traces(model)
-    if name not in MERGES:
+    if tuner_of(name) not in MERGES or name == "lofit text":
         for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
             with pytest.raises(NotImplementedError, match="cannot be merged"):
                 merge()
@@ -231,7 +256,7 @@ def test_merges_or_says_that_it_cannot(name, family):
     assert torch.equal(logits(model.unload(), inputs), base), "unloading takes merging back"
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava", names=["ademvl", "pill"]))
 def test_gradient_checkpointing_gives_the_same_gradients(name, family):
     one = build(family)
     inputs, model = one.prompts(ROWS), tuned(name, one.model)
@@ -244,7 +269,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, family):
     assert any(value.any() for value in plain.values())
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava", "qwen2_5_vl"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava"))
 def test_all_that_is_trained_has_a_gradient_for_any_batch(name, family):
     """Pictures and text, text alone, pictures in one row of two: zero rather than None."""
     one = build(family)
@@ -258,7 +283,7 @@ def test_all_that_is_trained_has_a_gradient_for_any_batch(name, family):
         assert torch.isfinite(model(**text).logits).all()
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava", names=["ademvl", "lofit", "pill"]))
 def test_fp32_adapters_under_a_bf16_model(name, family, tmp_path):
     one = build(family)
     one.model.to(torch.bfloat16)
@@ -267,7 +292,7 @@ def test_fp32_adapters_under_a_bf16_model(name, family, tmp_path):
         for key, value in one.prompts(ROWS).items()
     }
     base = logits(one.model, inputs)
-    model = get_peft_model(one.model, TUNERS[name](**NEUTRAL.get(name, {}))).eval()
+    model = get_peft_model(one.model, neutral(name)).eval()
     assert {value.dtype for value in trained(model).values()} == {torch.float32}
     assert torch.equal(logits(model, inputs), base) and base.dtype == torch.bfloat16
     shake(model)
@@ -283,7 +308,7 @@ def test_fp32_adapters_under_a_bf16_model(name, family, tmp_path):
     assert torch.isfinite(logits(model, inputs)).all(), "a whole model in half precision runs, too"
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava", names=["ademvl", "visual_lora"]))
 def test_trains_and_generates_with_pruning(name, family):
     one = build(family)
     inputs = one.prompts(ROWS)
@@ -298,11 +323,11 @@ def test_trains_and_generates_with_pruning(name, family):
         assert all(image.kept < image.n for image in handle.report().images)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
     assert not torch.allclose(pruned[:2], full[:2], atol=1e-4)
-    torch.testing.assert_close(pruned[2], full[2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pruned[2], full[2], rtol=1e-3, atol=1e-3)
     assert torch.equal(logits(model, inputs)[:, -1], full)
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava", names=["ademvl", "pill"]))
 def test_copies_are_models_of_their_own(name, family):
     """deepcopy, and pickle as torch.save does it."""
     one = build(family)
@@ -325,7 +350,7 @@ def test_copies_are_models_of_their_own(name, family):
     assert torch.equal(logits(loaded, inputs), logits(unused, inputs))
 
 
-@pytest.mark.parametrize(("name", "family"), pairs("llava"))
+@pytest.mark.parametrize(("name", "family"), pairs("llava", names=["lofit", "pill"]))
 def test_adapters_of_transformers_itself(name, family, tmp_path):
     """model.add_adapter, load_adapter and what goes with them, where PEFT allows it."""
     one = build(family)
@@ -335,7 +360,7 @@ def test_adapters_of_transformers_itself(name, family, tmp_path):
     acting = logits(model, inputs)
     model.save_pretrained(tmp_path)
     plain = build(family).model
-    if PEFT_TYPE_TO_TUNER_MAPPING[PeftType[name.upper()]].uses_shared_state:
+    if PEFT_TYPE_TO_TUNER_MAPPING[PeftType[tuner_of(name).upper()]].uses_shared_state:
         with pytest.raises(ValueError, match="get_peft_model"):
             plain.add_adapter(config(name))
         return
@@ -379,7 +404,7 @@ def training(name: str, family: str, folder: Any, **how: Any) -> Trainer:
     """A Trainer for the tuner, with dropout and noise wherever the tuner has them."""
     one = build(family)
     torch.manual_seed(11)
-    model = get_peft_model(one.model, TUNERS[name](**NEUTRAL.get(name, {})))
+    model = get_peft_model(one.model, neutral(name))
     settings = {"per_device_train_batch_size": 1, "max_steps": 4, "save_steps": 2, "learning_rate": 1e-2, "seed": 5}
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -394,11 +419,7 @@ def training(name: str, family: str, folder: Any, **how: Any) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=Pictures(one), data_collator=only)
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    pairs("llava", names=list(TUNERS)[:1])
-    + [pytest.param(*pair.values, marks=pytest.mark.slow) for pair in pairs(names=list(TUNERS)[1:])],
-)
+@pytest.mark.parametrize(("name", "family"), pairs("llava", names=["lofit"]))
 def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name, family, tmp_path):
     whole = training(name, family, tmp_path / "whole", gradient_checkpointing=True)
     start = {key: value.detach().clone() for key, value in trained(whole.model).items()}
@@ -415,14 +436,6 @@ def test_a_resumed_training_ends_where_an_uninterrupted_one_does(name, family, t
 
 
 # --- the places ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", TUNERS)
-def test_the_vision_tower_is_left_alone(name):
-    model = tuned(name, build("llava").model)
-    wrapped = [key for key, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    assert wrapped and not any("vision" in key for key in wrapped)
-    assert all(issubclass(type(module), BaseTunerLayer) is False for module in shared("llava").model.modules())
 
 
 @pytest.mark.parametrize("name", [name for name in TUNERS if name not in WRAPS])

@@ -25,6 +25,7 @@ except ImportError:  # Windows
 SCHEMA = 1
 IDENTITY = ("schema", "model_hash", "spec", "limit", "seed", "batch", "device", "dtype", "beams", "tasks")
 BEFORE = {"beams": 1}  # fields of the identity that older files lack, and what they were then
+PART = "process"  # in the names of files that one of several processes writes
 WAY_OUT = "choose another folder with --out, or delete the file to run it again"
 
 
@@ -209,16 +210,40 @@ class Answers:
 
     `append` writes a batch at once and waits until it is on the disk. A process that dies in the middle leaves at
     worst one torn last line, which `read` drops; any other damage is an error.
+
+    Several processes that share a run (see `vlmfast.eval.sharing`) write a file each, and the first one joins them.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path, self.identity = path, identity
 
+    def of_process(self, rank: int) -> "Answers":
+        """The file of one of several processes."""
+        return Answers(self.path.with_name(f"{self.path.stem}.{PART}{rank}.jsonl"), self.identity)
+
+    def parts(self) -> list["Answers"]:
+        """The files of processes that are not joined yet."""
+        stem = f"{self.path.stem}.{PART}"
+        found = [path for path in self.path.parent.iterdir() if path.name.startswith(stem) and path.suffix == ".jsonl"]
+        return [Answers(path, self.identity) for path in sorted(found)]
+
+    def everybodys(self) -> list[dict[str, Any]]:
+        """What was answered by any process, each question once or more; errors as in `read`."""
+        return [record for one in (self, *self.parts()) for record in one.read()]
+
+    def join(self, records: Iterable[dict[str, Any]]) -> None:
+        """Begin the file anew with these answers; those of single processes go."""
+        parts = self.parts()
+        self.start(records)
+        for part in parts:
+            part.path.unlink(missing_ok=True)
+
     def read(self) -> list[dict[str, Any]]:
         """The answers stored so far; ValueError if the file is damaged or was made by another run."""
-        if not self.path.exists():
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:  # also one that was just joined with the others
             return []
-        lines = self.path.read_bytes().split(b"\n")
         lines.pop()  # empty after a whole last line, otherwise the torn one
         records = []
         for number, line in enumerate(lines, 1):
@@ -247,16 +272,38 @@ class Answers:
             os.fsync(file.fileno())
 
 
+def _lock(folder: Path, model: str, rank: int) -> Path:
+    return folder / f".{run_name(model, 'lock')}{f'.{PART}{rank}' if rank else ''}"
+
+
+def locked(folder: Path, model: str, rank: int = 0) -> bool:
+    """Whether a process, of this number where several share the work, is writing this model's runs into the folder.
+
+    Where the system has no flock nobody knows: True.
+    """
+    if fcntl is None:
+        return True
+    try:
+        with open(_lock(folder, model, rank), encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 @contextmanager
-def sole_writer(folder: Path, model: str) -> Iterator[None]:
+def sole_writer(folder: Path, model: str, rank: int = 0) -> Iterator[None]:
     """Keep other processes from writing this model's runs into the folder; OSError if one is doing that already.
 
-    The lock goes with its process, however that ends. Where the system has no flock there is no guard.
+    rank: the number of this process where several share the work: each keeps its own place. The lock goes with its
+    process, however that ends. Where the system has no flock there is no guard.
     """
     if fcntl is None:
         yield
         return
-    path = folder / f".{run_name(model, 'lock')}"
+    path = _lock(folder, model, rank)
     with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

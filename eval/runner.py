@@ -23,6 +23,7 @@ from vlmfast.eval.matching import expand_flops, leaves_keep_open, named
 from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, split_adapter, weight_files
 from vlmfast.eval.progress import Bars
 from vlmfast.eval.results import check_identity, read_result, ready_folder
+from vlmfast.eval.sharing import of_environment
 from vlmfast.eval.sweep import UNPATCHED, Job, sweep
 from vlmfast.eval.tasks import choose, task_hash
 from vlmfast.families import family_of
@@ -68,6 +69,9 @@ def evaluate(
         is compared with greedy search.
     workers: processes, at most one a model; None: one a model on a CPU if the models are small, else one in all.
 
+    Started by `accelerate launch` or torchrun, processes share the questions (see `vlmfast.eval.sharing`): the first
+    one writes the results and returns when they are complete, the others when they have answered their part.
+
     Raises
     ------
     ValueError: an argument that cannot be; a file in `out` that is damaged or was made by another run.
@@ -87,7 +91,10 @@ def evaluate(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
-    check_device(device)
+    share = of_environment()
+    if share.world > 1 and workers not in (None, 1):
+        raise ValueError(f"workers={workers}: the launcher started {share.world} processes that share every model")
+    check_device(share.device(device))
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if not models:
@@ -109,7 +116,7 @@ def evaluate(
     ready_folder(Path(out))
 
     hashes = {name: task_hash(task, documents[name]) for name, task in chosen.items()}
-    beside = _side_by_side(list(folders.values()), device)
+    beside = share.world == 1 and _side_by_side(list(folders.values()), device)
     common: dict[str, Any] = {
         "hashes": hashes,
         "out": Path(out),
@@ -119,7 +126,8 @@ def evaluate(
         "beams": beams,
         "device": device,
         "dtype": dtype,
-        "threads": max(1, cores() // len(folders)) if beside else cores(),
+        "threads": max(1, cores() // (len(folders) if beside else share.beside)),
+        "share": share,
         "command": shlex.join(sys.argv),
     }
     jobs = [
@@ -128,7 +136,7 @@ def evaluate(
     ]
     pending = [owed for owed in map(outstanding, jobs) if owed.specs]
     total = sum(map(len, documents.values()))
-    with Bars(progress, {job.model: total * len(job.specs) for job in pending}) as bars:
+    with Bars(progress and share.first, {job.model: total * len(job.specs) for job in pending}) as bars:
         if min(len(pending), workers or (len(pending) if beside else 1)) > 1:
             work_side_by_side(pending, workers or min(len(pending), cores()), bars)
         else:

@@ -31,10 +31,11 @@ from vlmfast.eval.metrics import measure as intervals
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
 from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, sole_writer, write_result
+from vlmfast.eval.sharing import Share, joined, watching
 from vlmfast.eval.tasks import Doc, choose, image
 from vlmfast.eval.tasks import task as task_named
 from vlmfast.solving import cost_of
-from vlmfast.towers import size_of
+from vlmfast.towers import Picture, size_of
 from vlmfast.visual import VisualTokens
 
 UNPATCHED = "none"
@@ -63,6 +64,7 @@ class Job:
     threads: int
     command: str
     beams: int = 1  # `num_beams` of every run, but for methods that need more than greedy search
+    share: Share = Share()  # which batches are this process's
 
     def identity(self, spec: str) -> dict[str, Any]:
         """What the files of one run must agree on (see `vlmfast.eval.results`)."""
@@ -84,8 +86,11 @@ class Job:
 
 
 def sweep(job: Job, notify: Notify) -> None:
-    """Make every run of the job; what is done is on the disk whenever this stops."""
-    with sole_writer(job.out, job.model), use_threads(job.threads), torch.no_grad():
+    """Make every run of the job; what is done is on the disk whenever this stops.
+
+    Of several processes the first one writes the results, the others their answers.
+    """
+    with sole_writer(job.out, job.model, job.share.rank), use_threads(job.threads), torch.no_grad():
         work = Sweep(job)
         gc.collect()
         gc.freeze()  # timings collect garbage between readings: only what is made from now on need be looked through
@@ -101,7 +106,7 @@ class Sweep:
 
     def __init__(self, job: Job, loaded: tuple[Any, Any] | None = None) -> None:
         self.job = job
-        self.model, processor = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
+        self.model, processor = loaded or load_model(job.model, device=job.share.device(job.device), dtype=job.dtype)
         self.prompts = Prompts(processor, self.model.device, self.model.dtype)
         self.depth = self.model.config.get_text_config().num_hidden_layers
         self.tasks = choose(list(job.hashes))
@@ -135,9 +140,12 @@ class Sweep:
         """Each scene's visual tokens, with the statistics that any spec wants, and its other inputs, each [1, ...]."""
         methods = [adapter for spec in self.job.specs for adapter in from_spec(spec)]
         first = {doc.scene: doc for doc in reversed(self.docs)}
+        mine = {doc.scene for _, batch in self.mine() for doc in batch}
         found = {}
-        for start in range(0, len(self.scenes), ENCODE):
+        for start in range(0, len(self.scenes), ENCODE):  # the same groups in every process
             scenes = self.scenes[start : start + ENCODE]
+            if mine.isdisjoint(scenes):
+                continue
             inputs: dict[str, Any] = self.prompts.pictures([image(first[scene]) for scene in scenes])
             try:
                 visual = encode_images(self.model, methods, **inputs)
@@ -150,26 +158,61 @@ class Sweep:
                 found[scene] = visual[i], {name: value[i : i + 1] for name, value in others.items()}
         return found
 
+    def mine(self) -> list[tuple[int, list[Doc]]]:
+        """The batches of this process, with their numbers."""
+        share = self.job.share
+        return [(i, batch) for i, batch in enumerate(self.batches) if share.owner(i) == share.rank]
+
     def run(self, spec: str, notify: Notify) -> None:
         """Answer what is not answered yet, score, measure, and store the result."""
-        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        started, share = datetime.now(timezone.utc).isoformat(timespec="seconds"), self.job.share
         answers = self.job.answers(spec)
-        records = {record["id"]: record for record in answers.read()}
-        needed = {doc.id for doc in self.samples}  # older files may lack what samples hold
-        known = {name for name, record in records.items() if name not in needed or "indices" in record}
-        whole = [batch for batch in self.batches if all(doc.id in known for doc in batch)]
-        records = {doc.id: records[doc.id] for batch in whole for doc in batch}
-        answers.start(records.values())
+        records = self.whole(answers.everybodys())
+        if share.world == 1:
+            own = answers
+            answers.join(records.values())
+        else:
+            own = answers.of_process(share.rank)
+            own.start(self.whole(own.read()).values())
         notify("answered", spec, len(records))
         with vlmfast.patch(self.model, spec) as handle:
-            for batch in self.batches:
+            for _, batch in self.mine():
                 if batch[0].id not in records:
                     new = self.answer(batch, spec, handle)
-                    answers.append(new)
+                    own.append(new)
                     records |= {record["id"]: record for record in new}
                     notify("answered", spec, len(new))
+        if not share.first:
+            notify("finished", spec, len(records))
+            return
+        if share.world > 1:
+            records = self.gather(answers, spec, notify, len(records))
         write_result(self.job.path(spec), self.result(spec, records, started))
         notify("finished", spec, len(records))
+
+    def whole(self, stored: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Those of the stored answers that belong to whole batches, by question in the order of the batches."""
+        records = {record["id"]: record for record in stored}
+        needed = {doc.id for doc in self.samples}  # older files may lack what samples hold, and pictures' sizes
+        complete = [record for record in records.values() if "picture" in record]
+        known = {record["id"] for record in complete if record["id"] not in needed or "indices" in record}
+        whole = [batch for batch in self.batches if all(doc.id in known for doc in batch)]
+        return {doc.id: records[doc.id] for batch in whole for doc in batch}
+
+    def gather(self, answers: Answers, spec: str, notify: Notify, told: int) -> dict[str, dict[str, Any]]:
+        """The answers of all processes, joined in one file. told: how many are known of already."""
+        share, alive = self.job.share, watching(self.job.out, self.job.model)
+
+        def seen(count: int) -> None:
+            nonlocal told
+            if count > told:
+                notify("answered", spec, count - told)
+                told = count
+
+        owed = {doc.id: share.owner(i) for i, batch in enumerate(self.batches) for doc in batch}
+        records = self.whole(list(joined(answers, share, owed, alive, seen).values()))
+        answers.join(records.values())
+        return records
 
     def answer(self, batch: Sequence[Doc], spec: str, handle: Any) -> list[dict[str, Any]]:
         """One record for each question of a batch; RuntimeError names the question that could not be answered."""
@@ -216,6 +259,7 @@ class Sweep:
                 "answer": text.strip(),
                 "tokens": length,
                 "kept": len(indices),
+                "picture": asdict(size_of(visual.patches, visual.views, visual.span)),
                 **({"layers": held} if set(held) != {len(indices)} else {}),
                 **({"indices": indices, "grid": visual.grid} if doc in self.samples else {}),
                 "seconds": round(seconds, 5),
@@ -326,13 +370,13 @@ class Sweep:
         prompts: Counter[tuple[Any, ...]] = Counter()
         kept = before = 0
         for doc in self.docs:
-            visual, _ = self.pictures[doc.scene]
             record = records[doc.id]
+            picture = Picture(**record["picture"] | {"patches": tuple(record["picture"]["patches"])})
             layers = tuple(record.get("layers") or [record["kept"]] * self.depth)
-            text = len(self.row(doc)["input_ids"]) - visual.span
-            prompts[text, size_of(visual.patches, visual.views, visual.span), layers, record["tokens"]] += 1
+            text = len(self.row(doc)["input_ids"]) - picture.span
+            prompts[text, picture, layers, record["tokens"]] += 1
             kept += record["kept"]
-            before += len(visual)
+            before += picture.tokens
         sums: Counter[str] = Counter()
         held = [0] * self.depth
         for (text, size, layers, generated), times in prompts.items():

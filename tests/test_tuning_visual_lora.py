@@ -13,6 +13,7 @@ from peft import get_peft_model
 from test_tuning_pill import PROMPTS, edited, equals_the_oracle, layers_of, random_weights, visual
 from torch import Tensor, nn
 
+import vlmfast
 from vlmfast.adapters.tuning import VisualLoraConfig
 from vlmfast.adapters.tuning.visual_lora import VisualLoraLayer
 
@@ -195,6 +196,30 @@ def test_dropout(fresh):
         layer.visual_lora_A["default"].fill_(1.0), layer.visual_lora_B["default"].fill_(1.0)
         found = layer.update("default", torch.eye(32)).unique()
     assert torch.equal(found, torch.tensor([0.0, 2 * 2 * 32 / 2])), "what is left counts twice"
+
+
+@pytest.mark.parametrize("spec", ["random:keep=0.5", "eemllm:visual_update=none", "vhr:layers=1:", "only", "m3id"])
+def test_beside_methods(spec, fresh):
+    """The same update for visual tokens and for text is one of the weights: no token is missed, or passes it twice."""
+    vlm = fresh("llava")
+    dense, inputs = copy.deepcopy(vlm.model), vlm.prompts([[3, "a", 2], [2, "b", 4, "a", 1]])
+    peft = get_peft_model(vlm.model, VisualLoraConfig(r=4, alpha=2), adapter_name="visual").eval()
+    peft.add_adapter("text", VisualLoraConfig(r=4, alpha=2, tokens="text"))
+    peft.base_model.set_adapter(["visual", "text"])
+    random_weights(peft, "visual_lora_")
+    with torch.no_grad():
+        for own, tuned in zip(layers_of(dense), layers_of(peft)):
+            for name, module in wrapped(tuned).items():
+                for part in (module.visual_lora_A, module.visual_lora_B):
+                    part["text"].copy_(part["visual"])
+                own.get_submodule(name).weight += module.visual_lora_B["text"] @ module.visual_lora_A["text"] / 2
+        found = []
+        for model in (peft, dense):
+            torch.manual_seed(0)
+            with vlmfast.patch(model, spec):
+                settings = {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+                found.append(torch.stack(model.generate(**inputs, max_new_tokens=3, **settings).scores))
+        assert torch.allclose(*found, rtol=1e-3, atol=1e-3)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

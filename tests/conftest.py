@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,10 @@ def lend(name: str) -> Iterator[Vlm]:
         pytest.fail("the test left the model patched")
 
 
-@pytest.fixture(params=["llava", "qwen2_5_vl"])
+CORE = ("llava", "qwen2_5_vl")
+
+
+@pytest.fixture(params=CORE)
 def vlm(request: pytest.FixtureRequest) -> Iterator[Vlm]:
     """The two families that every test of the core runs on: CLS and 1-D positions; windows, merging and M-RoPE."""
     yield from lend(request.param)
@@ -54,9 +59,26 @@ def vlm(request: pytest.FixtureRequest) -> Iterator[Vlm]:
 KINDS = ("llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3")
 
 
+def some_families(*names: str) -> list[Any]:
+    """Test parameters: families, those like another one slow."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def every_family() -> list[Any]:
     """Test parameters: every family, those like another one slow."""
-    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+    return some_families(*TINY)
+
+
+def crossed(*axes: Sequence[Any]) -> list[Any]:
+    """Test parameters: every combination, all slow but a diagonal, on which each value of each axis is met.
+
+    For values that take ways of their own through the code, whose combinations hold no further one.
+    """
+    fast = {tuple(n % len(axis) for axis in axes) for n in range(max(map(len, axes)))}
+    marks = [
+        () if places in fast else pytest.mark.slow for places in itertools.product(*(range(len(a)) for a in axes))
+    ]
+    return [pytest.param(*values, marks=mark) for values, mark in zip(itertools.product(*axes), marks)]
 
 
 @pytest.fixture(params=every_family())
@@ -69,6 +91,18 @@ def any_vlm(request: pytest.FixtureRequest) -> Iterator[Vlm]:
 def fresh() -> Any:
     """build(name) -> a new tiny model, for tests that change weights or modes."""
     return build
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: measuring code collects often, and would look through it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    """The same after an evaluation, which thaws everything at its end."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

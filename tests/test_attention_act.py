@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attention_oracle import full_maps
+from conftest import CORE, crossed
 from test_edits import maps, masks
 from torch import Tensor
 
@@ -100,7 +101,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize(("vlm", "settings"), crossed(CORE, SETTINGS), indirect=["vlm"])
 def test_equals_full_maps(vlm, settings):
     edit = agrees(vlm, vlm.prompts(ROWS), ACT(layers="1:", **settings))
     if not settings:
@@ -185,7 +186,9 @@ def test_sinks_of_the_prompt_stand_while_it_is_continued(vlm):
     assert torch.equal(method.watch[2][2], first), "nothing of the prompt before"
 
 
-@pytest.mark.parametrize("how", [{"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("vlm", "how"), crossed(CORE, [{"cache_implementation": "static"}, {"num_beams": 2}]), indirect=["vlm"]
+)
 def test_other_caches(vlm, how):
     inputs, method = vlm.prompts(ROWS), {"layers": "all", "theta": 0.05}
     settings = {"max_new_tokens": 5, "do_sample": False}

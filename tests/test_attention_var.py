@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
 import torch
 from attention_oracle import full_maps
+from conftest import CORE, crossed
 from test_sinks import BOS, MASSIVE, with_sinks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -125,9 +127,12 @@ def test_equals_full_maps(any_vlm):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.9])
-@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
-def test_any_cache_and_p(vlm, p, how):
+CACHES = [{}, {"cache_implementation": "static"}, {"use_cache": False}]
+
+
+@pytest.mark.parametrize(("vlm", "both"), crossed(CORE, list(itertools.product([0.0, 0.9], CACHES))), indirect=["vlm"])
+def test_any_cache_and_p(vlm, both):
+    p, how = both
     model, inputs = vlm.model, vlm.prompts(ROWS)
     with full_maps(model, Oracle(model, inputs, p=p)):
         expected, tokens = steps(model, inputs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build
+from conftest import CORE, build, crossed
 from peft import LoraConfig, get_peft_model
 from test_promises import ROWS, snapshot
 from tiny import IMAGE, PAD, VIDEO
@@ -146,7 +146,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize(("vlm", "way"), crossed(CORE, list(WAYS)), indirect=["vlm"])
 def test_every_way_of_generating(vlm, way):
     model, inputs = vlm.model, vlm.prompts(ROWS)
     how = {"max_new_tokens": 7, "logits_processor": None, **WAYS[way]}
@@ -298,9 +298,10 @@ def test_direct_calls_and_training_are_plain(vlm):
         assert torch.equal(vlm.model(**inputs, labels=labels).loss, loss)
 
 
-@pytest.mark.parametrize(
-    "other", ["zerotuning:gamma=4,layers=0", "vhr:layers=0", "random:keep=0.5", "fastv:keep=0.5,layer=1"]
-)
+OTHERS = ["zerotuning:gamma=4,layers=0", "vhr:layers=0", "random:keep=0.5", "fastv:keep=0.5,layer=1"]
+
+
+@pytest.mark.parametrize(("vlm", "other"), crossed(CORE, OTHERS), indirect=["vlm"])
 def test_beside_other_methods(vlm, other):
     """The branch is the same patched model, and what is reported is about the prompts."""
     inputs = vlm.prompts(ROWS)

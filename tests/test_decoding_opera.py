@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -12,9 +13,9 @@ import opera_oracle as oracle
 import pytest
 import torch
 from attention_oracle import full_maps
-from conftest import TINY, lend
+from conftest import CORE, TINY, build, crossed, lend
 from tables import TableWalker
-from test_promises import snapshot
+from test_promises import shortened, snapshot
 from test_promises_attention import strong
 from tiny import make
 from tiny_others import TINY as OTHERS
@@ -87,13 +88,13 @@ def asking(vlm, inputs):
     return ask
 
 
-@pytest.mark.parametrize(("settings", "goes_back"), [({"candidates": 4}, False), (RESTLESS, True)])
-def test_a_search_equals_plain_loops(vlm, settings, goes_back):
+@pytest.mark.parametrize(("vlm", "settings"), crossed(CORE, [RESTLESS, {"candidates": 4}]), indirect=["vlm"])
+def test_a_search_equals_plain_loops(vlm, settings):
     inputs = vlm.prompts([[3, "a", 2]])
     ask = asking(vlm, inputs)
     forbidden = vlm.model.generation_config.suppress_tokens
     found, backs = oracle.opera(ask, beams=3, length=26, forbidden=forbidden, **settings)
-    assert bool(backs) == goes_back
+    assert bool(backs) == (settings is RESTLESS)
     with vlmfast.patch(vlm.model, OPERA(**settings)) as handle:
         output = beams(vlm.model, inputs, length=26, num_return_sequences=3, return_dict_in_generate=True)
         assert f"{len(backs)} times back" in str(handle.report())
@@ -102,6 +103,23 @@ def test_a_search_equals_plain_loops(vlm, settings, goes_back):
         assert output.sequences_scores[row].item() == pytest.approx(score, abs=2e-4)
     plain = beams(vlm.model, inputs, length=26)
     assert not torch.equal(plain[0], output.sequences[0]), "the method changes what is said"
+
+
+def test_a_search_behind_a_pruner_equals_plain_loops():
+    """On the unpatched model, whose prompt was cut by hand."""
+    vlm, spec, settings = build("llava"), "fastervlm:keep=6", "sigma=20.0,threshold=1,candidates=3"
+    inputs = vlm.prompts([[3, "b", 2]])
+    with vlmfast.patch(vlm.model, spec, positions="compact") as handle:
+        vlm.model(**inputs)
+        (kept,) = handle.report().kept
+    short = shortened(vlm, inputs, kept)
+    del short["position_ids"]  # counted from 0
+    forbidden = vlm.model.generation_config.suppress_tokens
+    expected, backs = oracle.opera(asking(vlm, short), beams=3, length=22, forbidden=forbidden, **RESTLESS)
+    with vlmfast.patch(vlm.model, f"{spec}+opera:{settings}", positions="compact") as handle:
+        found = beams(vlm.model, inputs, length=22, num_return_sequences=3)
+        assert f"{len(backs)} times back" in str(handle.report()) and backs
+    assert len(kept) == 6 and found[:, -22:].tolist() == [list(tokens) for _, tokens in expected]
 
 
 def tables(seed: int, size: int = 12, start: int = 8, length: int = 40) -> TableWalker:
@@ -308,10 +326,14 @@ def test_the_loop_is_transformers_beam_search(any_vlm):
         assert torch.equal(beams(any_vlm.model, inputs, 3, 6), plain)
 
 
-@pytest.mark.parametrize("early_stopping", [False, True, "never"])
-@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -1.0, 2.0])
-@pytest.mark.parametrize("end", [[20], list(range(3, 40, 3))])
-def test_sequences_end_as_in_transformers(vlm, end, length_penalty, early_stopping):
+PENALTIES = list(itertools.product([1.0, 0.0, -1.0, 2.0], [False, True, "never"]))
+
+
+@pytest.mark.parametrize(
+    ("vlm", "end", "penalty"), crossed(CORE, [[20], list(range(3, 40, 3))], PENALTIES), indirect=["vlm"]
+)
+def test_sequences_end_as_in_transformers(vlm, end, penalty):
+    length_penalty, early_stopping = penalty
     inputs = vlm.prompts(ROWS)
     how = {
         "eos_token_id": end,
@@ -521,7 +543,10 @@ def test_settings_may_come_in_a_config(vlm, how):
     assert config.num_beams == 3 and config.stop_strings == [word]
 
 
-@pytest.mark.parametrize("others", ["random:keep=0.5", "fastv:keep=0.5,layer=2", "random:keep=0.6+fastv:layer=1"])
+PRUNERS = ["fastervlm:keep=4,fallback=received", "fastv:keep=0.5,layer=2", "random:keep=0.6+fastv:layer=1"]
+
+
+@pytest.mark.parametrize(("vlm", "others"), crossed(CORE, PRUNERS), indirect=["vlm"])
 def test_with_pruning(vlm, others, monkeypatch):
     """Pictures are what is left of them: rows as if alone, also after going back, and their share of attention."""
     inputs = vlm.prompts(ROWS)
@@ -543,7 +568,7 @@ def test_with_pruning(vlm, others, monkeypatch):
         assert torch.equal(beams(vlm.model, inputs, 3, 6), plain)
 
 
-@pytest.mark.parametrize("other", ["zerotuning", "var", "act", "vhr"])
+@pytest.mark.parametrize(("vlm", "other"), crossed(CORE, ["zerotuning", "var", "act", "vhr"]), indirect=["vlm"])
 def test_with_edited_attention(vlm, other):
     """Another method may edit the layer that is looked at, and remember of each prompt what it needs."""
     inputs, spec = vlm.prompts(ROWS), strong(other, vlm.name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import decoding_oracle as oracle
 import pytest
 import torch
-from conftest import build
+from conftest import CORE, build, crossed
 from peft import LoraConfig, get_peft_model
 from test_decoding_layers import METHODS, ROWS, generated, oracle_of, same
 from test_promises import generate, snapshot
@@ -49,7 +50,7 @@ def test_short_promises(any_vlm, name):
     assert torch.equal(model(**inputs).logits, plain)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("vlm", "name"), crossed(CORE, list(METHODS)), indirect=["vlm"])
 def test_every_way_to_generate(vlm, name):
     """They repeat themselves; caches of another kind, or none, change nothing; nor do other rows."""
     inputs = vlm.prompts(ROWS)
@@ -197,9 +198,12 @@ def test_early_layers_behind_a_cut(vlm):
     same(scores[0][0], expected)
 
 
-@pytest.mark.parametrize("edit", ["pai:alpha=1.0,gamma=1,layers=0:", "zerotuning:gamma=3.0", "vhr"])
-@pytest.mark.parametrize("name", METHODS)
-def test_beside_methods_that_edit_attention(vlm, name, edit):
+EDITS = ["pai:alpha=1.0,gamma=1,layers=0:", "zerotuning:gamma=3.0", "vhr"]
+
+
+@pytest.mark.parametrize(("vlm", "both"), crossed(CORE, list(itertools.product(METHODS, EDITS))), indirect=["vlm"])
+def test_beside_methods_that_edit_attention(vlm, both):
+    name, edit = both
     inputs = vlm.prompts(ROWS)
     with vlmfast.patch(vlm.model, edit):
         _, edited = generated(vlm.model, inputs, 1)
@@ -254,8 +258,7 @@ def test_after_an_error(vlm, name):
     assert snapshot(vlm.model) == before
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("family", "name"), crossed(CORE, list(METHODS)))
 def test_copies_halves_adapters_and_files(name, family, tmp_path):
     """A deep copy is patched by itself; bf16; LoRA; saved and loaded back."""
     vlm = build(family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import zlib
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build, every_family
+from conftest import CORE, build, crossed, every_family, some_families
 from test_branches import PLACEHOLDERS, WAYS, Words, longer, next_logits, text_alone
 from test_promises import ROWS, snapshot
 from tiny import Picture, Vlm
@@ -228,9 +229,9 @@ def m3id_afresh(vlm: Any, inputs: dict[str, Tensor]) -> Afresh:
 ORACLES = {SPEC: vcd_afresh, FADING: m3id_afresh}
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("spec", list(ORACLES), ids=["vcd", "m3id"])
-def test_every_way_of_generating(vlm, way, spec):
+@pytest.mark.parametrize(("vlm", "how"), crossed(CORE, list(itertools.product(ORACLES, WAYS))), indirect=["vlm"])
+def test_every_way_of_generating(vlm, how):
+    spec, way = how
     model, inputs = vlm.model, vlm.prompts(ROWS)
     how = {"max_new_tokens": 7, "logits_processor": None, **WAYS[way]}
     torch.manual_seed(5)
@@ -243,7 +244,9 @@ def test_every_way_of_generating(vlm, way, spec):
         assert torch.equal(model.generate(**inputs, **how), expected)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "gemma3", "paligemma", "mistral3", "idefics3", "llava_next"])
+@pytest.mark.parametrize(
+    "family", some_families("qwen3_5", "gemma3", "paligemma", "mistral3", "idefics3", "llava_next")
+)
 def test_beams_of_other_families(family):
     vlm = build(family)
     inputs, how = vlm.prompts(ROWS), {"max_new_tokens": 4, "do_sample": False, "num_beams": 3}
@@ -394,17 +397,17 @@ def forced(model: Any, inputs: dict[str, Tensor], tokens: list[int]) -> Tensor:
     return model.generate(**inputs, **how, return_dict_in_generate=True, logits_processor=processors).logits[-1][0]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "zerotuning:gamma=4,layers=0",
-        "var:layers=all,dims=0/1,tau=1,summ=0,rho=1,p=0",
-        "hiprune:keep=0.4",
-        "hiprune:keep=9",
-        "fastv:keep=0.4,layer=1",
-        "random:keep=0.5",
-    ],
-)
+OTHERS = [
+    "zerotuning:gamma=4,layers=0",
+    "var:layers=all,dims=0/1,tau=1,summ=0,rho=1,p=0",
+    "hiprune:keep=0.33",
+    "hiprune:keep=9",
+    "random:keep=0.5",
+    "fastv:keep=0.4,layer=1",
+]
+
+
+@pytest.mark.parametrize(("vlm", "other"), crossed(CORE, OTHERS), indirect=["vlm"])
 def test_beside_other_methods(vlm, other, monkeypatch):
     """The branch is the same patched model, and what is reported is about the prompts."""
     # Some methods choose by the last bit of a pixel.
@@ -432,19 +435,20 @@ def test_beside_other_methods(vlm, other, monkeypatch):
     assert set(alone.notes) <= set(report.notes)
 
 
-@pytest.mark.parametrize(
-    "main, pruner",
-    [
-        ("none", "hiprune/keep=0.3"),
-        ("none", "random/keep=0.5/seed=4"),
-        ("none", "divprune/keep=5"),
-        ("hiprune:keep=0.5", "hiprune/keep=0.2/positions=compact"),
-        ("fastv:keep=0.4,layer=1", "divprune/keep=0.3"),
-        ("zerotuning:gamma=4,layers=0", "divprune/keep=0.3"),
-    ],
-)
-def test_a_pruned_branch(vlm, main, pruner, monkeypatch):
+PRUNED = [
+    ("none", "hiprune/keep=0.3"),
+    ("none", "random/keep=0.5/seed=4"),
+    ("none", "divprune/keep=5"),
+    ("hiprune:keep=0.5", "hiprune/keep=0.2/positions=compact"),
+    ("fastv:keep=0.4,layer=1", "divprune/keep=0.3"),
+    ("zerotuning:gamma=4,layers=0", "divprune/keep=0.3"),
+]
+
+
+@pytest.mark.parametrize(("vlm", "both"), crossed(CORE, PRUNED), indirect=["vlm"])
+def test_a_pruned_branch(vlm, both, monkeypatch):
     """The noisy picture is cut by the branch's own method; the prompts by theirs, or not at all."""
+    main, pruner = both
     production = lambda pixels, frames=1: noisy(pixels, noise_of(pixels, SEED, frames), STEPS)  # noqa: E731
     monkeypatch.setitem(globals(), "drawn", production)
     inputs, how = vlm.prompts(ROWS), {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CORE, crossed
 from transformers import AutoConfig, GPT2Config
 
 import vlmfast
@@ -161,8 +162,7 @@ def test_keeping_all_answers_as_the_unpatched_model(finished):
     assert [r["answer"] for r in answers(finished[0])] == [r["answer"] for r in answers(finished[1])]
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("spec", ["none", "grid:keep=0.3"])
+@pytest.mark.parametrize(("name", "spec"), crossed(CORE, ["none", "grid:keep=0.3"]))
 def test_answers_are_those_of_a_plain_generate(folders, tmp_path, name, spec):
     """Batched, left-padded and encoded beforehand, or one at a time as a user asks: the same answers."""
     path = run(folders, tmp_path, [spec], [], [name])[-1]
@@ -223,7 +223,7 @@ def test_finished_runs_are_not_repeated(folders, copy, monkeypatch):
     assert [path.stat().st_mtime_ns for path in copy] == before
 
 
-@pytest.mark.parametrize("appended", [0, 2, 5])
+@pytest.mark.parametrize("appended", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 5))])
 def test_an_interrupted_evaluation_resumes_exactly(folders, finished, tmp_path, monkeypatch, appended):
     """Ctrl-C while a batch is written, half of it and half a line on the disk."""
     append, count = Answers.append, []

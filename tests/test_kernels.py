@@ -185,7 +185,7 @@ def test_sizes_as_a_gpu_has_them(monkeypatch, device):
     torch.testing.assert_close(out.double(), shown @ narrow.repeat_interleave(2, 1).double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["bool", "padded"])
+@pytest.mark.parametrize("form", [pytest.param("bool", marks=pytest.mark.slow), "padded"])
 def test_rows_cut_into_chunks(form, monkeypatch, device):
     """As for a token that is decoded over many keys; some chunks hold nothing that a row sees."""
     monkeypatch.setattr(launch, "chunks", lambda *_: 3)
@@ -291,6 +291,7 @@ def test_where_kernels_run(monkeypatch):
         kernels.usable(torch.zeros(1, 1, 1, 8))
 
 
+@pytest.mark.slow
 def test_no_triton_no_kernels():
     """A process in which Triton cannot be imported runs on torch; one that can leaves the kernels alone."""
     code = """

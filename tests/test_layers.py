@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import pickle
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import tiny_others
 import torch
-from conftest import build, lend, shared
+from conftest import CORE, build, crossed, lend, shared
 from test_promises import pictures, snapshot
 from tiny import Tiny, make
 from torch import Tensor
@@ -344,14 +345,18 @@ def rows_equal_themselves_alone(vlm: Any, method: Any, **how: Any) -> None:
             assert torch.equal(continued(vlm.model, alone, **how)[0], tokens[row])
 
 
-@pytest.mark.parametrize("positions", ["original", "compact"])
-@pytest.mark.parametrize("how", DECODING)
-def test_a_ragged_batch_equals_its_rows_alone(vlm, how, positions):
+POSITIONS = list(itertools.product(["original", "compact"], DECODING))
+
+
+@pytest.mark.parametrize(("vlm", "both"), crossed(CORE, POSITIONS), indirect=["vlm"])
+def test_a_ragged_batch_equals_its_rows_alone(vlm, both):
+    positions, how = both
     rows_equal_themselves_alone(vlm, staged(STAGES["two"], positions=positions), **DECODING[how])
 
 
-@pytest.mark.parametrize("how", ["greedy", "static", "beam"])
-@pytest.mark.parametrize("name", ["gemma3", "paligemma", "qwen3_5", "llava_next"])
+@pytest.mark.parametrize(
+    ("name", "how"), crossed(["gemma3", "paligemma", "qwen3_5", "llava_next"], ["greedy", "static", "beam"])
+)
 def test_rows_alone_with_other_masks(name, how):
     rows_equal_themselves_alone(shared(name), staged(at(name, {2: 0.4})), **DECODING[how])
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from conftest import build
+from conftest import CORE, build, crossed
 from test_promises import ROWS, snapshot
 from torch import Tensor
 from transformers import DynamicCache
@@ -90,9 +91,12 @@ def test_the_same_as_two_forwards(any_vlm, way):
 PICTURED = ["agla:matcher=self,part=0.3,beta=0.05", "vcd:branch=random/keep=0.5,beta=0.05"]
 
 
-@pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("spec", [*PICTURED, f"zerotuning:gamma=4,layers=0+{PICTURED[0]}"])
-def test_branches_with_pictures(vlm, spec, way):
+SEEN = list(itertools.product([*PICTURED, f"zerotuning:gamma=4,layers=0+{PICTURED[0]}"], WAYS))
+
+
+@pytest.mark.parametrize(("vlm", "both"), crossed(CORE, SEEN), indirect=["vlm"])
+def test_branches_with_pictures(vlm, both):
+    spec, way = both
     inputs, before = vlm.prompts(ROWS), snapshot(vlm.model)
     expected, steps = generate(vlm, spec, False, inputs, **WAYS[way])
     assert steps == [0, 5]
@@ -111,11 +115,15 @@ def test_branches_with_pictures_on_every_family(any_vlm, spec):
     assert steps == ([0, 5] if any_vlm.name.startswith("qwen3_5") else [5, 0])
 
 
-@pytest.mark.parametrize("spec", ["random:keep=0.5", "zerotuning:gamma=4,layers=0", "act:layers=0", "var:layers=0"])
-@pytest.mark.parametrize("way", ["greedy", "beams"])
-def test_beside_other_methods(vlm, spec, way):
+OTHERS = ["random:keep=0.5", "zerotuning:gamma=4,layers=0", "act:layers=0", "var:layers=0"]
+BOTH = list(itertools.product(["greedy", "beams"], OTHERS))
+
+
+@pytest.mark.parametrize(("vlm", "both"), crossed(CORE, BOTH), indirect=["vlm"])
+def test_beside_other_methods(vlm, both):
     """Each half is edited as if it were alone, and methods remember of each what they would."""
-    spec, inputs = f"{spec}+pai:gamma=2.5,layers=1:", vlm.prompts(ROWS)
+    way, other = both
+    spec, inputs = f"{other}+pai:gamma=2.5,layers=1:", vlm.prompts(ROWS)
     expected, _ = generate(vlm, spec, False, inputs, **WAYS[way])
     found, steps = generate(vlm, spec, True, inputs, **WAYS[way])
     same(found, expected)
@@ -163,8 +171,9 @@ def test_a_layer_runs_once_a_step(vlm):
     assert calls == [(2, 4)] + [(2, 1)] * 5 and steps == [0, 0]
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("family", ["gemma3", "mistral3", "paligemma", "qwen3_vl_moe"])
+@pytest.mark.parametrize(
+    ("family", "eager"), crossed(["gemma3", "mistral3", "paligemma", "qwen3_vl_moe"], [False, True])
+)
 def test_windows_and_masks_of_all_forms(fresh, family, eager):
     """Windows that prompt and answer leave behind; eager attention, whose masks are added."""
     vlm = fresh(family)

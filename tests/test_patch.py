@@ -8,6 +8,7 @@ import pickle
 import peft
 import pytest
 import torch
+from conftest import CORE
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -268,6 +269,7 @@ def test_offloaded_weights(fresh, vlm, first, tmp_path):
 # --- encoding once -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("vlm", [CORE[0], pytest.param(CORE[1], marks=pytest.mark.slow)], indirect=True)
 def test_images_encoded_once_serve_every_method(vlm):
     inputs = vlm.prompts(ROWS)
     everything = [from_spec(spec)[0] for spec in named(["all"], vlm.name)]

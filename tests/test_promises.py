@@ -1,8 +1,8 @@
 """What every pruning method promises on every family (those that edit attention: tests/test_promises_attention.py).
 
 The matrix comes from `vlmfast.adapters.support`, the table that `vlmfast list families` prints. The fast suite runs
-the short form on one family of every make, every promise for one method of each door on every family, and what depends
-on the method for every method on the two core families; `-m slow` runs every promise of every pair.
+the short form on one family of every make, every promise for one method of each door on these, and what depends on the
+method for every method on the two core families in turns; `-m slow` runs every promise of every pair.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, TINY, build, lend
+from conftest import CORE, KINDS, TINY, build, lend
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -35,7 +35,6 @@ DECODING = {
     "static beam": {"do_sample": False, "num_beams": 2, "cache_implementation": "static"},
     "no cache": {"do_sample": False, "use_cache": False},
 }
-CORE = ("llava", "qwen2_5_vl")
 # Methods that choose by the frames of a video leave still images alone: they are tested on videos.
 VIDEO_ONLY = {name for name, cls in ADAPTERS.items() if "image" not in getattr(cls, "modalities", ("image",))}
 # Methods whose kept places hold new features, so that a prompt cut by hand is not the same.
@@ -325,18 +324,19 @@ DOORS = ("random", "fastv")  # one method of each door
 OF_THE_DOOR = {"undoes_after_an_error", "a_deep_copy_is_patched_by_itself", "unpatching_restores_bit_for_bit"}
 
 
-def cases(pairs, promises=(None,), of_the_door=False):
+def cases(pairs, promises=(None,), of_the_door=False, short=False):
     """Test parameters (method, family, promise); slow unless the fast suite takes them.
 
-    of_the_door: what hangs on the door alone, so that the core families need not show it for every method.
+    of_the_door: what hangs on the door alone, so that the core families need not show it for every method. What does
+    not each method shows on one of them, by turns. short: on a family of every make.
     """
-    found = []
+    found, names = [], list(dict.fromkeys(name for name, _ in pairs))
     for name, family in pairs:
-        for promise in promises:
-            short = promise is None and family in KINDS
-            door = name in DOORS and family in KINDS
-            fast = short or door or (family in CORE and not of_the_door and promise not in OF_THE_DOOR)
-            marks = () if fast else (pytest.mark.slow,)
+        core = [one for one in CORE if (name, one) in pairs]
+        for number, promise in enumerate(promises):
+            turn = core and family == core[(names.index(name) + number) % len(core)]
+            own = turn and not of_the_door and promise not in OF_THE_DOOR
+            marks = () if own or (family in KINDS and (short or name in DOORS)) else (pytest.mark.slow,)
             text = "-".join(filter(None, (name, family, promise)))
             found.append(pytest.param(name, family, promise, marks=marks, id=text))
     return found
@@ -348,7 +348,7 @@ def lent(request):
     yield from lend(request.getfixturevalue("family"))
 
 
-@pytest.mark.parametrize(("name", "family", "promise"), cases(PAIRS))
+@pytest.mark.parametrize(("name", "family", "promise"), cases(PAIRS, short=True))
 def test_short_promises(lent, name, family, promise):
     keeps_the_short_promises(lent, name)
 

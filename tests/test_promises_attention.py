@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import KINDS, TINY, build, lend
+from conftest import CORE, KINDS, TINY, build, crossed, lend
 from peft import LoraConfig, get_peft_model
 from test_promises import (
-    CORE,
     ROWS,
     generate,
     is_undone_after_an_error,
@@ -227,18 +226,15 @@ PROMISES = {
 
 
 def cases(promises=(None,)):
-    """Test parameters (method, family, promise); slow unless short or on a core family."""
-    return [
-        pytest.param(
-            name,
-            family,
-            promise,
-            marks=() if family in (KINDS if promise is None else CORE) else (pytest.mark.slow,),
-            id="-".join(filter(None, (name, family, promise))),
-        )
-        for name, family in PAIRS
-        for promise in promises
-    ]
+    """Test parameters (method, family, promise); slow unless short, or on a core family, by turns of the methods."""
+    found = []
+    for name, family in PAIRS:
+        for number, promise in enumerate(promises):
+            turn = family == CORE[(NAMES.index(name) + number) % len(CORE)]
+            marks = () if turn or (promise is None and family in KINDS) else (pytest.mark.slow,)
+            text = "-".join(filter(None, (name, family, promise)))
+            found.append(pytest.param(name, family, promise, marks=marks, id=text))
+    return found
 
 
 @pytest.fixture
@@ -261,7 +257,7 @@ def test_promise(lent, name, family, promise):
     PROMISES[promise](lent, name)
 
 
-@pytest.mark.parametrize(("name", "family"), [pair for pair in PAIRS if pair[1] in CORE])
+@pytest.mark.parametrize(("family", "name"), crossed(CORE, NAMES))
 def test_saved_and_loaded_back(lent, name, family, tmp_path):
     is_saved_and_loaded_back(lent, name, tmp_path)
 

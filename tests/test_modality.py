@@ -300,8 +300,16 @@ def test_unknown_family():
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["llava", "qwen3_5"])
+@pytest.mark.parametrize(
+    ("name", "reentrant"),
+    [
+        ("llava", False),
+        ("llava", True),
+        ("qwen3_5", False),
+        pytest.param("qwen3_5", True, marks=pytest.mark.slow),
+        pytest.param("qwen3_vl_moe", False, marks=pytest.mark.slow),
+    ],
+)
 def test_two_forwards_before_the_first_backward(name, reentrant, fresh):
     """Layers that are recomputed are told of the tokens they had then, those of linear attention, too."""
     vlm = fresh(name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import TINY
 from peft import PeftModel, get_peft_model
 from tiny import IMAGE, VIDEO, text_settings
 from tiny_llava import clip
@@ -20,6 +21,11 @@ from vlmfast.adapters.tuning.pill import Glu, PillExperts, PillGate, PillInput
 
 PROMPTS = [[3, "a", 2], [4]]  # and a row of text, padded on the left
 FED = {"gemma3": "pre_feedforward_layernorm"}  # the norm before the feed-forward net, where it is another one
+
+
+def families(*fast: str) -> list[Any]:
+    """Test parameters: every family, all but these slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 
 
 def visual(ids: Tensor) -> Tensor:
@@ -123,12 +129,14 @@ def equals_the_oracle(plain: Any, peft: Any, inputs: dict[str, Tensor], referenc
         assert torch.allclose(one, two, rtol=1e-3, atol=1e-3)
 
 
-def test_plain_loops_through_whole_models(any_vlm, fresh):
-    inputs = any_vlm.prompts(PROMPTS)
-    peft = get_peft_model(fresh(any_vlm.name).model, PillConfig(r=3)).eval()
+@pytest.mark.parametrize("name", families("llava", "gemma3", "qwen3_5"))
+def test_plain_loops_through_whole_models(name, fresh):
+    vlm = fresh(name)
+    plain, inputs = copy.deepcopy(vlm.model), vlm.prompts(PROMPTS)
+    peft = get_peft_model(vlm.model, PillConfig(r=3)).eval()
     random_weights(peft, "pill_")
-    reference = oracle(any_vlm.model, peft, visual(inputs["input_ids"]), fed=FED.get(any_vlm.name, ""))
-    equals_the_oracle(any_vlm.model, peft, inputs, reference)
+    reference = oracle(plain, peft, visual(inputs["input_ids"]), fed=FED.get(name, ""))
+    equals_the_oracle(plain, peft, inputs, reference)
 
 
 @pytest.mark.parametrize(

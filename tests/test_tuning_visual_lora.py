@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY
 from peft import get_peft_model
-from test_tuning_pill import PROMPTS, edited, equals_the_oracle, layers_of, random_weights, visual
+from test_tuning_pill import PROMPTS, edited, equals_the_oracle, families, layers_of, random_weights, visual
 from torch import Tensor, nn
 
 import vlmfast
@@ -53,12 +53,14 @@ def oracle(plain: Any, peft: Any, shown: Tensor, factors: dict[str, float], toke
     return edited(places)
 
 
-def test_plain_loops_through_whole_models(any_vlm, fresh):
-    inputs = any_vlm.prompts(PROMPTS)
-    peft = get_peft_model(fresh(any_vlm.name).model, VisualLoraConfig(r=4, alpha=6)).eval()
+@pytest.mark.parametrize("name", families("llava", "qwen3_5"))
+def test_plain_loops_through_whole_models(name, fresh):
+    vlm = fresh(name)
+    plain, inputs = copy.deepcopy(vlm.model), vlm.prompts(PROMPTS)
+    peft = get_peft_model(vlm.model, VisualLoraConfig(r=4, alpha=6)).eval()
     random_weights(peft, "visual_lora_")
-    reference = oracle(any_vlm.model, peft, visual(inputs["input_ids"]), {"default": 1.5})
-    equals_the_oracle(any_vlm.model, peft, inputs, reference)
+    reference = oracle(plain, peft, visual(inputs["input_ids"]), {"default": 1.5})
+    equals_the_oracle(plain, peft, inputs, reference)
 
 
 def test_a_shared_expert_is_given_all_rows_behind_one_another(fresh):

@@ -304,6 +304,8 @@ def test_fp32_adapters_under_a_bf16_model(name, family, tmp_path):
     model.load_adapter(tmp_path, adapter_name="again")
     model.set_adapter("again")
     assert torch.equal(logits(model, inputs), acting), "saved and loaded in fp32"
+    model.add_adapter("kept", neutral(name), autocast_adapter_dtype=False)
+    assert {value.dtype for key, value in model.named_parameters() if ".kept" in key} == {torch.float32}
     model.to(torch.bfloat16)
     assert torch.isfinite(logits(model, inputs)).all(), "a whole model in half precision runs, too"
 

@@ -18,9 +18,10 @@ theirs run on all and are selected from. With grouped queries there is a gate fo
 
 `stage="alignment"` is the authors' first stage, in which the projector learns: no gate, a_attn and a_txt frozen (at
 the start they add nothing), and in the last layer the experts are exchanged: the visual one runs on text there, since
-behind the last layer nothing attends to the visual tokens and it would learn nothing. Go on with
-`PeftModel.from_pretrained(model, folder, config=PillConfig(stage="instruction", ...), is_trainable=True)`. The
-projector is trained beside it by `modules_to_save`.
+behind the last layer nothing attends to the visual tokens and it would learn nothing. `modules_to_save` names the
+projector (`["multi_modal_projector"]` in LLaVA), to be trained beside it. Go on from there with
+`PeftModel.from_pretrained(model, folder, config=PillConfig(r=..., modules_to_save=...), is_trainable=True)`, with the
+same width and the same modules.
 
 Layers of linear attention (Qwen3.5) get the adapters and no gate: their values leave one projection with queries and
 keys and are mixed with their neighbours' before anything attends. In mixtures of experts the router sees n + e, too.

@@ -115,7 +115,8 @@ def cross_attention(hidden: Tensor, keys: Tensor, values: Tensor, gamma: float, 
         entries = ENTRIES_CPU if hidden.device.type == "cpu" else ENTRIES
         rows = max(1, entries // max(1, keys.shape[0] * keys.shape[1]))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _Fused.apply(hidden, keys, values, gamma, rows)  # type: ignore[no-any-return]
+        out: Tensor = _Fused.apply(hidden, keys, values, gamma, rows)
+    return out
 
 
 @dataclass

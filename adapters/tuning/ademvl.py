@@ -108,11 +108,11 @@ class AdemVLConfig(TunerConfig):
 
 def projector(width: int, hidden: int, out: int) -> nn.Sequential:
     """Two layers, Xavier-uniform, without bias at first. [n, width] -> [n, out]"""
-    layers = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, out))
-    for layer in (layers[0], layers[2]):
+    first, second = nn.Linear(width, hidden), nn.Linear(hidden, out)
+    for layer in (first, second):
         nn.init.xavier_uniform_(layer.weight)
         nn.init.zeros_(layer.bias)
-    return layers
+    return nn.Sequential(first, nn.SiLU(), second)
 
 
 @dataclass
@@ -308,12 +308,13 @@ class Fusion:
         for source in self.family.sources.values():
             given = renamed(given, source)
         pictures = encode_pictures(self.family, self.base, given)
-        seen = self._seen(cache, *like.shape[:2], bool(pictures))
+        rows, new = like.shape[:2]
+        seen = self._seen(cache, rows, new, bool(pictures))
         if pictures:
             if ids is None:
                 raise NotImplementedError("ademvl needs input_ids; inputs_embeds hide where the images are")
             places = {name: self._places(name, output, ids) for name, output in pictures.items()}
-            seen = self._extended(seen, cache, places, holders, len(ids))
+            seen = self._extended(seen, cache, places, holders, rows)
             gone = [one.pixels for one in self.family.sources.values()]
             kwargs = {name: value for name, value in given.items() if value is not None or name not in gone}
             args, kwargs["mm_encoder_outputs"] = (), self._replaced(pictures, places)
@@ -467,7 +468,8 @@ def entries(project: nn.Module, maps: Sequence[Tensor], config: AdemVLConfig, pa
 
 def projected(project: nn.Module, features: Tensor) -> Tensor:
     """Features through a projector, in its precision. [n, C] -> [n, D]"""
-    return project(features.to(next(project.parameters()).dtype))  # type: ignore[no-any-return]
+    out: Tensor = project(features.to(next(project.parameters()).dtype))
+    return out
 
 
 class AdemVLModel(Tuner):

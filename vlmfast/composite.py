@@ -33,7 +33,6 @@ from vlmfast.edits import Call, EditsDoor
 from vlmfast.edits.turn import Turn
 from vlmfast.families import Family
 from vlmfast.layers.tokens import Placed
-from vlmfast.lockstep import streaming
 from vlmfast.modality import beside_the_prompts
 from vlmfast.patching import Patch
 
@@ -71,7 +70,6 @@ class Rows:
     other tokens; live: bool [B, T] False for these, None: there are none.
     """
 
-    shape: tuple[int, int]
     flat: Tensor
     places: Tensor
     live: Tensor | None
@@ -83,14 +81,13 @@ class Rows:
             return None
         text = real & ~visual
         flat = text.flatten().nonzero().flatten()
-        rows, count = text.shape
-        if rows == 1:
-            return cls((1, count), flat, flat[None], None)
+        if len(text) == 1:
+            return cls(flat, flat[None], None)
         counts = text.sum(1)
         most = int(counts.max())
         places = text.long().argsort(dim=1, descending=True, stable=True)[:, :most]
         live = torch.arange(most, device=text.device) < counts[:, None]
-        return cls((rows, count), flat, places, None if len(flat) == rows * most else live)
+        return cls(flat, places, None if len(flat) == len(text) * most else live)
 
 
 class Here:
@@ -121,7 +118,7 @@ class Gathered:
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the original. [B, Q, D] -> [B, Q, D']"""
         rows = self.here.rows
-        if rows is None or hidden.shape[:2] != rows.shape or streaming():
+        if rows is None:
             return self.original(hidden, *args, **kwargs)
         flat = rows.flat.to(hidden.device)
         some = flat if len(flat) else flat.new_zeros(1)  # not every module takes no tokens at all

@@ -19,6 +19,7 @@ METHODS = ["none", "random", "grid", "fastervlm:fallback=received", "hiprune"]
 KEEPS = "1.0,0.5,0.33,0.2,0.11"
 TOPICS = ("methods", "families", "tasks")
 EXTRAS = {"jinja2": "eval", "matplotlib": "eval", "sklearn": "eval", "psutil": "eval", "datasets": "eval"}
+EXTRAS |= {"lmms_eval": "lmms"}
 FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 TOLD = (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError)  # errors that vlmfast raises on purpose
@@ -308,6 +309,11 @@ def evaluate(
     names = [with_adapter(name, adapter) for name in model]
     settings: dict[str, Any] = {"limit": limit, "seed": seed, "batch": batch, "workers": workers, "dtype": dtype}
     settings |= {"flops": shares, "beams": beams}
+    if any(name.startswith("lmms:") for name in task or ()):
+        from vlmfast.eval.lmms import runner as lmms
+
+        lmms.show(lmms.from_command(names, method, keeps, task or [], out, device=device or best_device(), **settings))
+        return
     try:
         score(names, method, keeps, task or None, out, device=device or best_device(), **settings)
     except KeyboardInterrupt:

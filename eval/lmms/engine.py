@@ -144,8 +144,6 @@ class Engine:
         new, lengths = self._run(asks, rows, inputs, dict(options.kwargs), options.until)
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         tokens = inputs["attention_mask"].sum(1).tolist()
-        if self.first is None and asks[0].counts:
-            self.first = asks[0]
         return [Reply(options.cut(text), prompt, n) for text, prompt, n in zip(texts, tokens, lengths)]
 
     def _score(self, asks: Sequence[Ask], rows: Sequence[Sequence[Message]]) -> list[Reply]:
@@ -189,6 +187,7 @@ class Engine:
             numbers = {kind: [count(messages, kind) for messages in rows] for kind in self.family.sources}
             real = inputs["attention_mask"].sum(1).tolist()
             entries = sizes.entries(real, numbers, lengths, self.costs.depth)
+        self.first = self.first or next((ask for ask in asks if ask.counts), None)
         self.costs.add(entry for ask, entry in zip(asks, entries) if ask.counts)
         return new, lengths
 
@@ -395,8 +394,7 @@ def _load(name: str, arguments: Arguments) -> tuple[Any, Any]:
     return load_model(
         name,
         device=device,
-        dtype=arguments.dtype
-        or ("bfloat16" if device != "cpu" or arguments.device_map == "auto" and cuda else "float32"),
+        dtype=arguments.dtype or ("bfloat16" if short else "float32"),
         device_map=arguments.device_map,
         attention=arguments.attn_implementation,
     )

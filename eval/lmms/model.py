@@ -36,14 +36,14 @@ PADDING = "__padding_only__"  # a request that lmms-eval repeats so that all pro
 class Vlmfast(lmms):
     """A vision-language model under a method. arguments: see `vlmfast.eval.lmms.arguments.Arguments`.
 
-    engine: instead of loading one; it stays loaded when lmms-eval is done with it.
+    engine: instead of loading one; it stays loaded when lmms-eval is done with it. times: whether to take them.
     """
 
     is_simple = False
 
-    def __init__(self, engine: Engine | None = None, **arguments: Any) -> None:
+    def __init__(self, engine: Engine | None = None, times: bool = True, **arguments: Any) -> None:
         super().__init__()
-        self.lent = engine is not None
+        self.lent, self.times = engine is not None, times
         self.engine = engine or Engine(Arguments.of(arguments))
         self.seconds = 0.0
         self.tokens = 0
@@ -92,10 +92,11 @@ class Vlmfast(lmms):
         replies = self._answer(asks)
         return [GenerationResult(reply.text, TokenCounts(reply.prompt_tokens, reply.tokens)) for reply in replies]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of given answers: mean loss of their tokens, and whether greedy search would give them.
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
+        """Of given answers: (mean loss of their tokens, whether greedy search would give them).
 
-        A loss, for which less is better, as all of lmms-eval's models return and its scores want.
+        A loss, for which less is better, as all of lmms-eval's models return and its scores want. Each pair is in a
+        GenerationResult: lmms-eval 0.7.3 turns bare pairs of numbers into text, which its scores cannot read.
         """
         asks = []
         for request in requests:
@@ -103,7 +104,10 @@ class Vlmfast(lmms):
             text = target if isinstance(target, str) else str(target(self.task_dict[task][split][doc]))
             messages = partial(self._messages, context, visual, doc, task, split)
             asks.append(self._ask(request, messages, context, Options.of({}, 1), text))
-        return [(reply.loss, reply.greedy) for reply in self._answer(asks)]
+        replies = self._answer(asks)
+        return [
+            GenerationResult((one.loss, one.greedy), TokenCounts(one.prompt_tokens, one.tokens)) for one in replies
+        ]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[Any]:
         """Not done: what is asked in a round depends on what was answered, one request at a time."""
@@ -114,7 +118,7 @@ class Vlmfast(lmms):
     def clean(self) -> None:
         """Called when all requests are answered: tell what they cost, and let the model go."""
         self._gather()
-        self.latency = self.engine.latency() if self.rank == 0 else {}
+        self.latency = self.engine.latency() if self.times and self.rank == 0 else {}
         self.engine.close()
         self.cost = self.engine.costs.summary()
         if self.cost and self.rank == 0:

@@ -12,8 +12,10 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers import Gemma3Processor, Idefics3Processor, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 COLOURS = ("red", "blue", "green", "yellow")
 # As in llava-hf/llava-1.5-7b-hf: marks what is generated, and ends without any token.
@@ -72,24 +74,43 @@ def colours(folder: Path, number: int = 6) -> Path:
     return write_lines(folder / "train.jsonl", records)
 
 
-def bpe_processor(template: str) -> LlavaProcessor:
-    """LLaVA's processor with a byte-level tokenizer, whose tokens carry the spaces before them."""
+def bpe_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, whose tokens carry the spaces before them. special: names of more special tokens."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     lines = ["USER: what is red ? ASSISTANT: the cup user assistant system \n", "a cup, a dog and no ball"] * 3
-    special = ["<image>", "<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
+    known = ["<image>", "<pad>", "</s>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        lines, BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        lines, BpeTrainer(vocab_size=400, special_tokens=known, initial_alphabet=alphabet, show_progress=False)
     )
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", padding_side="left",
-        additional_special_tokens=["<image>", "<|im_start|>", "<|im_end|>"],
+        extra_special_tokens={"start": "<|im_start|>", "end": "<|im_end|>"} | special,
     )  # fmt: skip
+
+
+def bpe_processor(template: str) -> LlavaProcessor:
+    """LLaVA's processor with a byte-level tokenizer."""
     size = {"height": 20, "width": 20}
     pictures = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     return LlavaProcessor(
-        pictures, fast, patch_size=10, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-        chat_template=template,
+        pictures, bpe_tokenizer(picture="<image>"), patch_size=10, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, chat_template=template,
     )  # fmt: skip
+
+
+def gemma_processor() -> Gemma3Processor:
+    """Gemma 3: a placeholder becomes other tokens, between two of its own and new lines."""
+    tokenizer = bpe_tokenizer(image_token="<soft>", boi_token="<boi>", eoi_token="<eoi>")
+    pictures = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+    template = CHATML_TEMPLATE.replace("<image>", "<boi>")
+    return Gemma3Processor(pictures, tokenizer, chat_template=template, image_seq_length=4)
+
+
+def tile_processor() -> Idefics3Processor:
+    """Idefics 3: rows of tiles, and samples with different numbers of pictures."""
+    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    template = CHATML_TEMPLATE.replace("<|im_end|>", "<end_of_utterance>")
+    return Idefics3Processor(pictures, bpe_tokenizer(picture="<image>"), image_seq_len=4, chat_template=template)

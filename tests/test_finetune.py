@@ -169,7 +169,7 @@ def test_goes_on_bit_for_bit(tune, tmp_path):
 
 @pytest.mark.slow
 def test_same_seed_same_result(tune):
-    one, again, other = tune("one"), tune("again"), tune("other", seed=7)
+    one, again, other = tune("one"), tune("again", dataloader_num_workers=1), tune("other", seed=7)
     assert same_weights(one.folder, again.folder) and not same_weights(one.folder, other.folder)
 
 
@@ -236,14 +236,20 @@ def test_too_long(tune, models, data):
 @pytest.mark.parametrize("tuner", ["full", *AVAILABLE])
 def test_every_tuner(tune, models, data, kind, tuner):
     """Learns, and is saved and loaded back."""
-    outcome = tune(model=models / kind, tuner=tuner, max_steps=6, learning_rate=5e-3)
+    options = {"max_steps": 5, "per_device_train_batch_size": 6, "lr_scheduler_type": "constant"}
+    if (tuner, kind) == ("slime", "qwen2_5_vl"):
+        with pytest.raises(NotImplementedError, match="SliME wraps a projector"):
+            tune(model=models / kind, tuner=tuner, **options)
+        return
+    outcome = tune(model=models / kind, tuner=tuner, learning_rate=5e-3, **options)
     assert losses(outcome)[-1] < losses(outcome)[0]
     name = str(outcome.folder) if tuner == "full" else f"{models / kind}+adapter={outcome.folder}"
     model, processor = load_model(name)
     expected = logits(outcome.model, processor, data)
     torch.testing.assert_close(logits(model, processor, data), expected)
     plain, _ = load_model(str(models / kind))
-    assert not logits(plain, processor, data).allclose(expected, atol=1e-4)
+    before = logits(plain, processor, data)  # of a longer prompt where a tuner takes tokens out
+    assert before.shape != expected.shape or not before.allclose(expected, atol=1e-4)
 
 
 @pytest.mark.slow

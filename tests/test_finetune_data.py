@@ -8,7 +8,17 @@ import pickle
 import datasets
 import pytest
 import torch
-from chat_data import CHANGING_TEMPLATE, CHATML_TEMPLATE, LLAVA_TEMPLATE, bpe_processor, picture, turn, write_lines
+from chat_data import (
+    CHANGING_TEMPLATE,
+    CHATML_TEMPLATE,
+    LLAVA_TEMPLATE,
+    bpe_processor,
+    gemma_processor,
+    picture,
+    tile_processor,
+    turn,
+    write_lines,
+)
 from PIL import Image
 from test_cli import any_resolution
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -82,7 +92,7 @@ class TestForms:
         same(plain, [turn("user", "what is red ?", None, "say"), turn("assistant", "the cup")], a)
         same(inline, [turn("user", None, "what"), turn("assistant", "the cup")], a)
         assert (len(samples), one.where) == (6, "train.jsonl line 2")
-        assert samples.only([3, 1])[0].where == "train.jsonl line 5"
+        assert samples.only([3, 1])[0].where == samples[3:][0].where == "train.jsonl line 5"
         assert len(samples.check()) == 16
 
     def test_json(self, files):
@@ -297,6 +307,16 @@ class TestLabels:
         known = processor(CHATML_TEMPLATE)
         said = spans(known, Collator(known)(SAMPLES))
         assert said == [["the cup<|im_end|>"], ["yes<|im_end|>", "no ball<|im_end|>"], ["red<|im_end|>"]]
+
+    @pytest.mark.parametrize("kind", ["gemma3", "idefics3"])
+    def test_other_placeholders(self, kind):
+        """Families whose pictures begin and end with tokens of their own, or come in tiles."""
+        known, end = (
+            (gemma_processor(), "<|im_end|>") if kind == "gemma3" else (tile_processor(), "<end_of_utterance>")
+        )
+        batch = Collator(known)(SAMPLES)
+        assert spans(known, batch) == [[f"the cup{end}"], [f"yes{end}", f"no ball{end}"], [f"red{end}"]]
+        assert len(batch["pixel_values"]) == 3
 
     def test_answer_that_is_also_asked(self):
         """What an answer is does not depend on its words: the question has them, too."""

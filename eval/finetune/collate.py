@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from vlmfast.eval.finetune.data import Sample, Samples
 
+logger = logging.get_logger("vlmfast.finetune")
 IGNORED = -100  # what the loss leaves out
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
@@ -34,6 +36,7 @@ class Collator:
             raise ValueError("the processor has no chat template, so conversations cannot be phrased for the model")
         if not getattr(processor.tokenizer, "is_fast", False):
             raise ValueError("the tokenizer is a slow one, which does not tell where its tokens begin and end")
+        self.unknown = processor.tokenizer.unk_token_id
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
 
@@ -54,6 +57,11 @@ class Collator:
         for row, (_, spans) in enumerate(rendered):
             tokens = answer_tokens(offsets[row], grown[row] if grown else [], spans)
             labels[row, tokens] = inputs["input_ids"][row, tokens]
+            if (labels[row] == (-1 if self.unknown is None else self.unknown)).any():
+                logger.warning_once(
+                    f"{samples[row].where}: an answer has words that the tokenizer does not know, and others may have "
+                    "some, too; the model would learn to say that it has no word for them"
+                )
             if not tokens:
                 raise ValueError(f"{samples[row].where}: its answers have no tokens")
         return {**inputs, "labels": labels}

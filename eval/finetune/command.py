@@ -24,17 +24,21 @@ def parsed(words: Sequence[str], about: str = "") -> tuple[Arguments, TrainingAr
     """The arguments of a command line, or of the one JSON or YAML file that it names. ValueError for a wrong one."""
     kinds: Any = (Arguments, Training)
     parser = Parser(
-        kinds, prog="finetune.py", description=about, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
+        kinds,
+        prog="finetune.py",
+        usage="finetune.py --model ID --data FILE --output_dir DIR [options, or one file of options]",
+        description=about,
+        allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
     )
     options = [option for action in parser._actions for option in action.option_strings]
     if len(words) == 1 and Path(words[0]).suffix in (".json", ".yaml", ".yml"):
         return _from_file(Path(words[0]), parser, options)
-    arguments, training, left = parser.parse_args_into_dataclasses(
-        list(words), return_remaining_strings=True, look_for_args_file=False
-    )
+    _, left = parser.parse_known_args(list(words))
     unknown = next((word for word in left if word.startswith("-")), left[0] if left else None)
     if unknown is not None:
         raise ValueError(f"unknown option {unknown}{did_you_mean(unknown, options)}; --help lists all options")
+    arguments, training = parser.parse_args_into_dataclasses(list(words), look_for_args_file=False)
     return arguments, training
 
 

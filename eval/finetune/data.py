@@ -88,6 +88,8 @@ class Samples(Sequence[Sample]):
         return len(self.chosen)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.only(range(len(self))[index])
         number = self.chosen[index]
         return sample_of(self.records[number], self.where(number + 1), self.folder)
 

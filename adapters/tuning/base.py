@@ -14,7 +14,7 @@ their forward computes in fp32 and returns what the model computes in. Small ste
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -86,6 +86,16 @@ class TunerLayer(nn.Module, BaseTunerLayer):
     """
 
     other_param_names: tuple[str, ...] = ()
+
+    base_layer: Any  # from here on what PEFT's class has, for type checkers: it comes without types
+    adapter_layer_names: tuple[str, ...]
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+    get_base_layer: Callable[[], Any]
+    set_adapter: Callable[..., None]
+    in_features: int  # where the base layer has them
+    out_features: int
 
     def __init__(self, base_layer: nn.Module, number: int | None, here: Here | None) -> None:
         super().__init__()
@@ -214,7 +224,7 @@ class Tuner(BaseTuner):
         """Names of the modules to wrap; families may name them differently."""
         return self.places
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:
         """As in PEFT; names of modules are those in decoder layers, where the tuner must know the layer."""
         found = super()._check_target_module_exists(peft_config, key)
         named = not isinstance(peft_config.target_modules, str)

@@ -112,7 +112,6 @@ class LofitLayer(TunerLayer):
 
     def __init__(self, base_layer: nn.Module, number: int | None, here: Here | None, heads: int) -> None:
         super().__init__(base_layer, number, here)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.heads = heads
         self.lofit_A, self.lofit_v = nn.ParameterDict(), nn.ParameterDict()
         self.lofit_heads = BufferDict({}, persistent=False)  # those chosen, ascending
@@ -292,7 +291,7 @@ class LofitModel(Tuner):
         return model
 
 
-def heads_into(model: Any, attention: nn.Module, projection: nn.Module) -> int:
+def heads_into(model: Any, attention: nn.Module, projection: Any) -> int:
     """How many heads of d values an output projection takes."""
     width = getattr(attention, "head_dim", None)
     if isinstance(width, int):

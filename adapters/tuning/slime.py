@@ -231,7 +231,7 @@ class SlimeLayer(TunerLayer):
         held = [one for name in names for one in self.slime_mixture[name].parameters() if one.requires_grad]
         if not held:
             return args, kwargs
-        nothing = torch.stack([one.flatten()[0] for one in held]).sum() * 0
+        nothing: Any = torch.stack([one.flatten()[0] for one in held]).sum() * 0
         return args, {**kwargs, "inputs_embeds": embeds + nothing.to(embeds)}
 
 

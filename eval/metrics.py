@@ -111,6 +111,30 @@ def measure(
     return metrics, metric(*(macro(table) for table in tables))
 
 
+def retention(
+    counts: Mapping[str, Counts],
+    summarise: Mapping[str, Summarise],
+    headline: Mapping[str, str],
+    baseline: Mapping[str, Counts],
+    seed: int = 0,
+) -> Metric | None:
+    """What is left of the unpatched run: mean over the tasks of headline / unpatched headline, with its interval.
+
+    Arguments as in `measure`; the draws are its own, too. None where the unpatched model is at zero in a task.
+    """
+    (images,) = {len(c.values) for c in counts.values()}
+    shares = []
+    for weights in (np.ones((1, images)), draw(images, seed)):
+        parts = [
+            ratio(*(summarise[task](source[task].totals(weights))[headline[task]] for source in (counts, baseline)))
+            for task in counts
+        ]
+        shares.append(np.mean(parts, axis=0))
+    if np.isnan(shares[0][0]):
+        return None
+    return Metric(**dict(zip(("value", "low", "high"), interval(*shares))))
+
+
 def chair(mentioned: Sequence[str], present: Sequence[str]) -> dict[str, float]:
     """The counts behind CHAIR for one caption: which of the objects it mentions are in the picture.
 

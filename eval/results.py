@@ -57,6 +57,7 @@ class Result:
     """One finished run, as it is stored; fields without a type of their own are plain JSON values.
 
     beams: `num_beams` of the unpatched run, and of every method that does not need more (`latency` has a run's own).
+    retention: mean over the tasks of what is left of the unpatched model's headline metric; None for that model.
     attention: where attention goes, before and after (see `vlmfast.eval.attention.measure`), of specs that edit it.
     """
 
@@ -81,6 +82,7 @@ class Result:
     samples: list[dict[str, Any]] = field(default_factory=list)
     attention: dict[str, Any] | None = None
     beams: int = 1
+    retention: Metric | None = None
     schema: int = SCHEMA
     complete: bool = True
 
@@ -107,7 +109,9 @@ class Result:
                 name: TaskResult(**task | {"metrics": {key: Metric(**m) for key, m in task["metrics"].items()}})
                 for name, task in data["tasks"].items()
             }
-            return cls(**data | {"tasks": tasks, "macro": Metric(**data["macro"])})
+            kept = data.get("retention")
+            means = {"macro": Metric(**data["macro"]), "retention": None if kept is None else Metric(**kept)}
+            return cls(**data | {"tasks": tasks} | means)
         except KeyError as error:
             raise ValueError(f"the field {error} is missing") from None
         except (AttributeError, TypeError) as error:

@@ -26,7 +26,7 @@ from vlmfast.eval.attention import edits
 from vlmfast.eval.attention import measure as measure_attention
 from vlmfast.eval.environment import describe
 from vlmfast.eval.latency import Clock, generation, interleave, measure, ratio, use_threads
-from vlmfast.eval.metrics import Counts
+from vlmfast.eval.metrics import Counts, retention
 from vlmfast.eval.metrics import measure as intervals
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
@@ -306,13 +306,10 @@ class Sweep:
         baseline = None
         if spec != UNPATCHED:
             baseline = self.counts({record["id"]: record for record in job.answers(UNPATCHED).read()})
-        metrics, macro = intervals(
-            self.counts(records),
-            {name: task.summarise for name, task in self.tasks.items()},
-            {name: task.HEADLINE for name, task in self.tasks.items()},
-            baseline,
-            job.seed,
-        )
+        summarise = {name: task.summarise for name, task in self.tasks.items()}
+        headline = {name: task.HEADLINE for name, task in self.tasks.items()}
+        counts = self.counts(records)
+        metrics, macro = intervals(counts, summarise, headline, baseline, job.seed)
         tasks = {
             name: TaskResult(
                 hash=job.hashes[name],
@@ -338,6 +335,7 @@ class Sweep:
             dtype=job.dtype,
             tasks=tasks,
             macro=macro,
+            retention=None if baseline is None else retention(counts, summarise, headline, baseline, job.seed),
             cost=cost,
             latency=latency,
             attention=self.attention(spec),

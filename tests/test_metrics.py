@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmfast.eval.metrics import Counts, chair, draw, measure, ratio, summarise_chair
+from vlmfast.eval.metrics import Counts, chair, draw, measure, ratio, retention, summarise_chair
 from vlmfast.eval.tasks import TASKS, Doc, choose
 
 
@@ -151,6 +151,27 @@ def test_macro_is_the_mean_of_the_headlines():
     assert macro.value == pytest.approx((a.mean() + b.mean()) / 2)
     widths = [m["accuracy"].high - m["accuracy"].low for m in metrics.values()]
     assert macro.high - macro.low < min(widths)
+
+
+def test_retention_is_the_mean_of_paired_shares():
+    """Of a task kept whole and one of which about half is kept; resampling both runs together, task by task."""
+    rng = np.random.default_rng(6)
+    (one, a), (two, b) = made_up(rng, 60, 0.3), made_up(rng, 60, 0.3)
+    half = b & (rng.random(b.shape) < 0.5)
+    scores = [{"asked": 1, "right": float(r)} for r in half.ravel()]
+    worse = Counts.of(scores, np.repeat(np.arange(60), 5).tolist(), list(range(60)))
+    tasks = {"one": accuracy, "two": accuracy}, dict.fromkeys(("one", "two"), "accuracy")
+    base = {"one": one, "two": two}
+    found = retention({"one": one, "two": worse}, *tasks, base)
+    assert found.value == pytest.approx((1 + half.sum() / b.sum()) / 2)
+    slow = []
+    for _ in range(3000):
+        drawn = rng.integers(0, 60, 60)
+        slow.append((1 + half[drawn].sum() / b[drawn].sum()) / 2)
+    assert (found.low, found.high) == pytest.approx(np.percentile(slow, [2.5, 97.5]), abs=0.01)
+    assert retention(base, *tasks, base).value == 1
+    zero = {"one": one, "two": Counts.of([{"asked": 1, "right": 0.0}], [0], list(range(60)))}
+    assert retention(base, *tasks, zero) is None
 
 
 def test_a_subtask_that_no_resample_sees_is_left_out_of_the_interval():

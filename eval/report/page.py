@@ -81,6 +81,12 @@ COLUMNS = (
         lambda row: text.interval(row.difference, difference=True),
         lambda row: row.difference and row.difference.value,
     ),
+    Column(
+        "retention",
+        "% of unpatched, 95 %",
+        lambda row: text.interval(row.retention),
+        lambda row: row.retention and row.retention.value,
+    ),
     Column("tokens", "mean of layers", lambda row: text.count(row.tokens), lambda row: row.tokens),
     Column("prefill", "GFLOPs", lambda row: text.gflops(row.flops), lambda row: row.flops),
     Column("share", "% of FLOPs", lambda row: text.percent(row.share, 0), lambda row: row.share),

@@ -46,6 +46,7 @@ class Row:
     keep: float | int | None  # None: unpatched
     accuracy: Interval
     difference: Interval | None
+    retention: Interval | None  # mean over the tasks of what is left of the unpatched model's
     tasks: Mapping[str, Interval]  # headline metrics
     flops: float | None
     share: float | None
@@ -195,6 +196,7 @@ def _row(result: Result, label: str) -> Row:
         keep=None if unpatched else 1.0 if result.keep is None else result.keep,
         accuracy=metric_interval(result.macro),
         difference=difference_interval(result.macro),
+        retention=None if result.retention is None else metric_interval(result.retention),
         tasks={name: metric_interval(task.metrics[task.headline]) for name, task in result.tasks.items()},
         flops=cost.get("total_prefill"),
         share=1.0 if unpatched else cost.get("share_of_unpatched"),

@@ -156,7 +156,7 @@ def test_macro_is_the_mean_of_the_headlines():
 def test_retention_is_the_mean_of_paired_shares():
     """Of a task kept whole and one of which about half is kept; resampling both runs together, task by task."""
     rng = np.random.default_rng(6)
-    (one, a), (two, b) = made_up(rng, 60, 0.3), made_up(rng, 60, 0.3)
+    (one, _), (two, b) = made_up(rng, 60, 0.3), made_up(rng, 60, 0.3)
     half = b & (rng.random(b.shape) < 0.5)
     scores = [{"asked": 1, "right": float(r)} for r in half.ravel()]
     worse = Counts.of(scores, np.repeat(np.arange(60), 5).tolist(), list(range(60)))

@@ -502,14 +502,15 @@ class TestCommand:
         )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def tuned(self, models, data, tmp_path_factory):
+    options = Training(output_dir=str(tmp_path_factory.mktemp("tuned") / "lora"), max_steps=2, disable_tqdm=True,
+                       per_device_train_batch_size=2, save_strategy="no", learning_rate=0.05)  # fmt: skip
+    return finetune(Arguments(model=str(models / "llava"), data=str(data)), options).folder
+
+
 class TestAdapters:
     """`--adapter` of eval and run."""
-
-    @pytest.fixture(scope="class")
-    def tuned(self, models, data, tmp_path_factory):
-        options = Training(output_dir=str(tmp_path_factory.mktemp("tuned") / "lora"), max_steps=2, disable_tqdm=True,
-                           per_device_train_batch_size=2, save_strategy="no", learning_rate=0.05)  # fmt: skip
-        return finetune(Arguments(model=str(models / "llava"), data=str(data)), options).folder
 
     def call(self, *words):
         return CliRunner().invoke(cli.app, [str(word) for word in words])

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from vlmfast.eval.finetune.training import Arguments, Outcome, Training, finetune
+from vlmfast.eval.finetune.arguments import Arguments, Training
+from vlmfast.eval.finetune.training import Outcome, finetune
 from vlmfast.families.base import did_you_mean
 
 

@@ -1,99 +1,37 @@
 """`finetune`: supervised fine-tuning of a VLM by HF Trainer, on one process or many, resumable at any checkpoint.
 
-A folder holds one run. `vlmfast_finetune.json` is written when it starts and again, with its results, when it ends:
-command, versions, hashes of model and data, tuner, method, trainable parameters. A run goes on only from checkpoints
-that were made with the same model, data, tuner and method.
+Everything that can be checked is checked before weights are loaded (`Plan.of`); then the plan is run.
 """
 
 import copy
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import IntervalStrategy, get_last_checkpoint
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from vlmfast.adapters import from_spec, to_spec
 from vlmfast.adapters.tuning.lofit import LofitTrainer, select_heads, two_stages
 from vlmfast.eval.environment import describe
+from vlmfast.eval.finetune.arguments import TOO_LONG, Arguments, dtype_of, prepared
 from vlmfast.eval.finetune.collate import Collator, fitting
 from vlmfast.eval.finetune.data import Samples, load_samples
 from vlmfast.eval.finetune.evaluating import Pruning, TaskEvaluation
-from vlmfast.eval.finetune.tuners import FULL, STAGES, Tuning, apply, parse, trainable
-from vlmfast.eval.models import DTYPES, FINETUNED, load_model, model_folder, model_hash
+from vlmfast.eval.finetune.folder import FIRST, HEADS, checkpoint_of, schedule, write_run
+from vlmfast.eval.finetune.tuners import STAGES, Tuning, apply, parse, trainable
+from vlmfast.eval.models import load_model, model_folder, model_hash
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.runner import check_specs
 from vlmfast.eval.tasks import choose
 from vlmfast.families.base import did_you_mean
 
 logger = logging.get_logger("vlmfast.finetune")
-TOO_LONG = ("raise", "drop")
-FIRST, HEADS = "heads", "lofit_heads.json"  # of LoFiT: the folder of stage 1, and what it chooses
-# What a run must agree on with the checkpoints it goes on from, and what else changes the result.
-IDENTITY = ("model_hash", "data_hash", "tuner", "method", "max_length", "dtype", "processes")
-SCHEDULE = (
-    "seed", "data_seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "optim",
-)  # fmt: skip
-
-
-@dataclass
-class Arguments:
-    """What is tuned, on what, and how. TrainingArguments says the rest."""
-
-    model: str = field(metadata={"help": "Hugging Face id, folder, testbed:llava or testbed:qwen2_5_vl."})
-    data: str = field(
-        metadata={"help": "File (.jsonl, .json, .parquet), folder of images with metadata.jsonl, hub id."}
-    )
-    tuner: str = field(default="lora", metadata={"help": "lora, lofit, ... or full, such as lora:r=8,lora_alpha=16."})
-    method: str = field(
-        default="none", metadata={"help": "Active while training, such as hiprune:keep=0.33; what is saved is clean."}
-    )
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Image files are relative to this folder (default: to the data file's)."}
-    )
-    data_split: str = field(default="train", metadata={"help": "Split of a data set of the hub."})
-    data_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the hub."})
-    eval_data: str | None = field(default=None, metadata={"help": "More data, for the loss while training."})
-    eval_split: str = field(default="train", metadata={"help": "Its split, if it is of the hub."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens; nothing is cut."})
-    too_long: str = field(default="raise", metadata={"help": "What longer ones do: raise (an error) or drop (told)."})
-    eval_tasks: str | None = field(
-        default=None, metadata={"help": "vlmfast's tasks asked while training, such as existence,colour."}
-    )
-    eval_limit: int = field(default=20, metadata={"help": "Images a task."})
-    eval_batch: int = field(default=32, metadata={"help": "Questions at a time."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Of the weights: float32, bfloat16, float16; auto: bfloat16 for adapters where it works."},
-    )
-
-
-@dataclass
-class Training(TrainingArguments):
-    """TrainingArguments with defaults that suit adapters of VLMs. All its options work as ever."""
-
-    output_dir: str | None = field(default=None, metadata={"help": "Folder of the run; one run a folder."})
-    learning_rate: float = field(default=2e-4, metadata={"help": "The initial learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every X steps."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where logs go besides."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Always False here."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Logits of a whole data set fit nowhere."})
-
-    def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("--output_dir is missing: the folder of the run")
-        named: Any = self
-        if named.eval_steps and getattr(named.eval_strategy, "value", named.eval_strategy) == "no":
-            named.eval_strategy = "steps"  # it is asked for
-        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -244,10 +182,10 @@ class Plan:
             "max_length": arguments.max_length,
             "dtype": dtype,
             "processes": training.world_size,
-            "training": {name: _plain(getattr(training, name)) for name in SCHEDULE},
+            "training": schedule(training),
             "versions": describe("cpu" if training.device.type == "cpu" else str(training.device)),
         }
-        checkpoint = _checkpoint(training, record)
+        checkpoint = checkpoint_of(training, record)
         return cls(arguments, training, tuning, method, tasks, folder, data, eval_data, dtype, record, checkpoint)
 
     def run(self) -> Outcome:
@@ -271,7 +209,7 @@ class Plan:
         trainer.save_state()
         if main:
             self.record |= {"complete": True, "steps": trainer.state.global_step, "metrics": metrics}
-            self.write()
+            write_run(self.output, self.record)
         return Outcome(
             self.output,
             metrics,
@@ -296,7 +234,7 @@ class Plan:
             raise ValueError(f"tuner {self.tuning}: there is nothing to train")
         self.record |= {"trainable_parameters": learns, "parameters": numbers}
         if training.process_index == 0:
-            self.write()
+            write_run(self.output, self.record)
         pruning = Pruning(model, self.method)
         evaluation = None
         evaluates = training.eval_strategy != "no" or training is self.training
@@ -359,117 +297,3 @@ class Plan:
         tuned = two_stages(model, train, heads=heads, **settings)
         self.record["heads"] = heads or json.loads(file.read_text())
         return tuned, *trained[0]
-
-    def write(self) -> None:
-        """Write what is known of the run."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.output / FINETUNED, json.dumps(self.record, indent=1) + "\n")
-
-
-def prepared(training: TrainingArguments) -> TrainingArguments:
-    """A copy of the arguments with what a VLM cannot do without."""
-    training = copy.copy(training)
-    training.remove_unused_columns = False  # samples are conversations, not columns
-    training.label_names = training.label_names or ["labels"]  # a PEFT model's forward does not tell
-    if training.n_gpu > 1:
-        raise NotImplementedError(
-            f"one process with {training.n_gpu} GPUs would run copies of the model: start it with accelerate launch, "
-            "or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
-        )
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if training.world_size == 1 and on_cpu and "MASTER_ADDR" in os.environ:
-        raise ValueError(
-            "accelerate launch --cpu starts one process, whatever its --num_processes: for several on a CPU set "
-            "ACCELERATE_USE_CPU=true and use accelerate launch --multi_gpu --num_processes N"
-        )
-    if training.train_sampling_strategy not in ("random", "sequential"):
-        raise NotImplementedError(
-            f"train_sampling_strategy={training.train_sampling_strategy}: lengths of conversations with pictures are "
-            "not known beforehand; there are random and sequential"
-        )
-    if training.device.type == "cpu":
-        training.dataloader_pin_memory = False
-    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
-        if hasattr(training, name):
-            setattr(training, name, {"use_reentrant": False} | (getattr(training, name) or {}))
-    return training
-
-
-def dtype_of(asked: str, tuning: Tuning, training: TrainingArguments) -> str:
-    """The type of the weights. auto: bfloat16 where adapters go on top and the device computes it, else float32."""
-    if asked in DTYPES:
-        return asked
-    if asked != "auto":
-        names = ["auto", *DTYPES]
-        raise ValueError(f"unknown dtype {asked!r}{did_you_mean(asked, names)}; there are {', '.join(names)}")
-    able = training.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bfloat16" if able and tuning.name != FULL and not training.fp16 else "float32"
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)
-
-
-def asked_to_resume(training: TrainingArguments) -> str:
-    """What resume_from_checkpoint says: "no", "last" (there must be one), "auto" (if there is one), or a folder."""
-    asked = str(training.resume_from_checkpoint or "no")
-    words = {"no": "no", "false": "no", "none": "no", "true": "last", "last": "last", "auto": "auto"}
-    return words.get(asked.lower(), asked)
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint of a run, of LoFiT's first stage where there is none of the second; None: there is none."""
-    for one in (folder, folder / FIRST):
-        if one.is_dir() and (found := get_last_checkpoint(str(one))) is not None:
-            return found
-    return None
-
-
-def _checkpoint(training: TrainingArguments, record: dict[str, Any]) -> str | None:
-    """The checkpoint to go on from, None: from the start. ValueError where the folder holds something else."""
-    folder = Path(cast(str, training.output_dir))
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--output_dir {folder} is a file")
-    asked, last, stored = asked_to_resume(training), last_checkpoint(folder), _stored(folder / FINETUNED)
-    if stored is not None and stored.get("complete") and asked in ("no", "auto"):
-        raise ValueError(f"{folder} holds a finished run ({stored.get('command')}): choose another --output_dir")
-    if asked == "no" and last is not None:
-        raise ValueError(
-            f"{folder} has checkpoints, the last is {Path(last).relative_to(folder)}: add --resume_from_checkpoint "
-            "true to go on from there, or choose another --output_dir"
-        )
-    if asked == "no" or asked == "auto" and last is None:
-        return None
-    if asked in ("last", "auto"):
-        if last is None:
-            raise ValueError(f"--resume_from_checkpoint: there is no checkpoint in {folder}")
-        checkpoint = last
-    else:
-        checkpoint = asked
-        if not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise FileNotFoundError(f"--resume_from_checkpoint {checkpoint}: it is no folder of a checkpoint")
-        above = Path(checkpoint).resolve().parent
-        stored = _stored((above.parent if above.name == FIRST else above) / FINETUNED)
-    if stored is None:
-        return checkpoint
-    words = [f"{n} {stored.get(n)} (now {record[n]})" for n in IDENTITY if stored.get(n) != record[n]]
-    if words:
-        raise ValueError(f"{checkpoint} was made with {'; '.join(words)}: choose another --output_dir")
-    old = stored.get("training", {})
-    other = [f"{n} {old.get(n)} (now {v})" for n, v in record["training"].items() if old.get(n) != v]
-    if other:
-        logger.warning(f"{checkpoint} was made with {'; '.join(other)}: the result is not that of one run")
-    return checkpoint
-
-
-def _stored(path: Path) -> dict[str, Any] | None:
-    """What a folder tells of its run. ValueError if it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(stored, dict):
-            raise ValueError("no JSON object")
-        return stored
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): choose another --output_dir") from None

@@ -9,7 +9,7 @@ one JSON or YAML file may stand for all options. `vlmfast eval --adapter FOLDER`
 
 import sys
 
-from vlmfast.__main__ import TOLD, complain, raised_on_purpose
+from vlmfast.__main__ import INTERRUPTED, TOLD, complain, raised_on_purpose
 
 
 def main() -> int:
@@ -19,6 +19,9 @@ def main() -> int:
 
         run(sys.argv[1:], __doc__ or "")
         return 0
+    except KeyboardInterrupt:
+        again = "the same command with --resume_from_checkpoint auto goes on from the last checkpoint"
+        return complain(f"interrupted; {again}", INTERRUPTED)
     except (*TOLD, OSError) as error:
         if not raised_on_purpose(error.__traceback__):
             raise

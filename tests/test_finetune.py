@@ -22,7 +22,7 @@ import vlmfast
 from vlmfast import __main__ as cli
 from vlmfast.adapters.tuning import TUNERS
 from vlmfast.eval.environment import describe
-from vlmfast.eval.finetune import Arguments, Training, finetune, training, tuners
+from vlmfast.eval.finetune import Arguments, Training, command, finetune, training, tuners
 from vlmfast.eval.finetune.collate import Collator
 from vlmfast.eval.finetune.command import parsed
 from vlmfast.eval.finetune.data import load_samples
@@ -211,6 +211,20 @@ def test_tasks_as_eval_scores_them(tune, models, tmp_path):
         result = next(r for r in load_results(tmp_path / "res" / method[:4]) if r.spec == method)
         for task in ("colour", "count"):
             assert result.tasks[task].metrics["accuracy"].value == outcome.metrics[f"eval_{task}_accuracy"]
+
+
+@pytest.mark.slow
+def test_best_by_a_task(tune):
+    """Trainer's own options see the tasks' scores: the best checkpoint is loaded in the end."""
+    outcome = tune(model="testbed:llava", learning_rate=0.3, max_steps=2, lr_scheduler_type="constant", eval_steps=1,
+                   eval_tasks="colour", eval_limit=3, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+                   eval_strategy="steps", metric_for_best_model="eval_colour_accuracy")  # fmt: skip
+    scores = {
+        one["step"]: one["eval_colour_accuracy"] for one in outcome.history[:-1] if "eval_colour_accuracy" in one
+    }
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert len(scores) == 2 and same_weights(outcome.folder, outcome.folder / f"checkpoint-{best}")
+    assert outcome.metrics["eval_colour_accuracy"] == scores[best]
 
 
 @pytest.mark.slow
@@ -476,6 +490,7 @@ class TestCommand:
             (["--max_step", "3"], "unknown option --max_step (did you mean --max_steps?)"),
             (["--max_steps", "three"], "invalid int value: 'three'"),
             (["--output_dir", ""], "--output_dir is missing"),
+            (["--load_best_model_at_end", "true"], "requires the save and eval strategy to match"),
             (["--data", "missing.jsonl"], "there is no data file or folder missing.jsonl"),
         ],
     )
@@ -484,6 +499,15 @@ class TestCommand:
         assert script.main() == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("vlmfast: ") and message in line
+
+    def test_interrupted(self, capsys, monkeypatch):
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(command, "run", interrupt)
+        assert script.main() == 130
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "--resume_from_checkpoint auto goes on" in line
 
     def test_missing_options(self):
         with pytest.raises(ValueError, match="required: --model, --data"):

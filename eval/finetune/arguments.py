@@ -34,7 +34,9 @@ class Arguments:
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the hub."})
     eval_data: str | None = field(default=None, metadata={"help": "More data, for the loss while training."})
     eval_split: str = field(default="train", metadata={"help": "Its split, if it is of the hub."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest conversation in tokens; nothing is cut."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest conversation of `data` in tokens; nothing is cut."}
+    )
     too_long: str = field(default="raise", metadata={"help": "What longer ones do: raise (an error) or drop (told)."})
     eval_tasks: str | None = field(
         default=None, metadata={"help": "vlmfast's tasks asked while training, such as existence,colour."}

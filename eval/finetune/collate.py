@@ -178,11 +178,12 @@ def fitting(samples: Samples, collator: Collator, max_length: int, too_long: str
             others.append(f"{sample.where} ({length})")
     told = f"{len(others)} of {len(samples)} records of {samples.name} are longer than max_length={max_length} tokens"
     if others and too_long == "raise":
-        raise ValueError(f"{told}: {_some(others)}; too_long=drop leaves them out")
+        raise ValueError(f"{told}: {some(others)}; too_long=drop leaves them out")
     if not fits:
         raise ValueError(f"all {told.partition(' of ')[2]}")
     return (samples.only(fits) if others else samples), others
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")

@@ -2,7 +2,7 @@
 
 import json
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from vlmfast.eval.finetune.arguments import Arguments, Training
 from vlmfast.eval.finetune.training import Outcome, finetune
+from vlmfast.eval.finetune.tuners import FULL, parse
 from vlmfast.families.base import did_you_mean
 
 
@@ -39,7 +40,15 @@ def parsed(words: Sequence[str], about: str = "") -> tuple[Arguments, TrainingAr
     unknown = next((word for word in left if word.startswith("-")), left[0] if left else None)
     if unknown is not None:
         raise ValueError(f"unknown option {unknown}{did_you_mean(unknown, options)}; --help lists all options")
-    arguments, training = parser.parse_args_into_dataclasses(list(words), look_for_args_file=False)
+    return _made(lambda: parser.parse_args_into_dataclasses(list(words), look_for_args_file=False))
+
+
+def _made(make: Callable[[], Any]) -> tuple[Arguments, TrainingArguments]:
+    """The arguments, with what transformers has against them in an error of ours."""
+    try:
+        arguments, training = make()
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(str(error)) from error
     return arguments, training
 
 
@@ -67,8 +76,7 @@ def _from_file(path: Path, parser: Parser, options: Sequence[str]) -> tuple[Argu
     for name in ("model", "data", "output_dir"):
         if name not in values:
             raise ValueError(f"{path}: {name} is missing")
-    arguments, training = parser.parse_dict(values)
-    return arguments, training
+    return _made(lambda: parser.parse_dict(values))
 
 
 def run(words: Sequence[str], about: str = "") -> Outcome:
@@ -80,11 +88,6 @@ def run(words: Sequence[str], about: str = "") -> Outcome:
         print(f"\n{outcome.trainable} of {outcome.parameters} parameters were trained ({share:.3%})")
         for name, value in outcome.metrics.items():
             print(f"  {name:32s} {value:.6g}" if isinstance(value, float) else f"  {name:32s} {value}")
-        name = "--model" if training_is_full(arguments) else f"--model {arguments.model} --adapter"
+        name = "--model" if parse(arguments.tuner).name == FULL else f"--model {arguments.model} --adapter"
         print(f"folder  {outcome.folder}\nnext    vlmfast eval {name} {outcome.folder}")
     return outcome
-
-
-def training_is_full(arguments: Arguments) -> bool:
-    """Whether the folder holds a whole model and no adapter."""
-    return arguments.tuner.partition(":")[0].strip() == "full"

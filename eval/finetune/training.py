@@ -20,7 +20,7 @@ from vlmfast.adapters import from_spec, to_spec
 from vlmfast.adapters.tuning.lofit import LofitTrainer, select_heads, two_stages
 from vlmfast.eval.environment import describe
 from vlmfast.eval.finetune.arguments import TOO_LONG, Arguments, dtype_of, prepared
-from vlmfast.eval.finetune.collate import Collator, fitting
+from vlmfast.eval.finetune.collate import Collator, fitting, some
 from vlmfast.eval.finetune.data import Samples, load_samples
 from vlmfast.eval.finetune.evaluating import Pruning, TaskEvaluation
 from vlmfast.eval.finetune.folder import FIRST, HEADS, checkpoint_of, schedule, write_run
@@ -141,8 +141,8 @@ class Plan:
         if arguments.too_long not in TOO_LONG:
             hint = did_you_mean(arguments.too_long, TOO_LONG)
             raise ValueError(f"too_long={arguments.too_long!r}{hint}; there are {', '.join(TOO_LONG)}")
-        for name, value in (("max_length", arguments.max_length), ("eval_limit", arguments.eval_limit)):
-            if value is not None and value < 1:
+        for name in ("max_length", "eval_limit", "eval_batch"):
+            if (value := getattr(arguments, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be 1 or more; got {value}")
         tasks = [name.strip() for name in (arguments.eval_tasks or "").split(",") if name.strip()]
         if tasks:
@@ -199,7 +199,8 @@ class Plan:
             data, dropped = fitting(data, collator, arguments.max_length, arguments.too_long)
             self.record |= {"records_dropped": len(dropped), "records": len(data)}
             if dropped and main:
-                logger.warning(f"{len(dropped)} records are longer than {arguments.max_length} tokens and left out")
+                told = f"{len(dropped)} records are longer than max_length={arguments.max_length} tokens and left out"
+                logger.warning(f"{told}: {some(dropped)}")
         if self.tuning.stages:
             model, trainer, metrics = self._two_stages(model, processor, data)
         else:
@@ -281,19 +282,21 @@ class Plan:
         first.learning_rate = training.learning_rate if rate is None else rate
         early = self.checkpoint is not None and Path(self.checkpoint).parent.name == FIRST
         heads = json.loads(file.read_text()) if self.resumes and file.is_file() else None
+        if heads is None and training.process_index == 0:
+            file.unlink(missing_ok=True)  # of a run that left nothing else to go on from
         trained: list[tuple[_Trainer, dict[str, float]]] = []
 
         def train(stage: Any, number: int) -> None:
             if number == 1:
                 trainer, _ = self._train(stage, processor, data, first, self.checkpoint if early else None)
-                chosen = select_heads(stage, settings["k"])
+                self.record["heads"] = select_heads(stage, settings["k"])
                 trainer.accelerator.wait_for_everyone()
                 if training.process_index == 0:
-                    write_atomic(file, json.dumps(chosen) + "\n")
+                    write_atomic(file, json.dumps(self.record["heads"]) + "\n")
                 set_seed(training.seed)  # stage 2 begins as it would without stage 1
             else:
                 trained.append(self._train(stage, processor, data, training, None if early else self.checkpoint))
 
+        self.record["heads"] = heads
         tuned = two_stages(model, train, heads=heads, **settings)
-        self.record["heads"] = heads or json.loads(file.read_text())
         return tuned, *trained[0]

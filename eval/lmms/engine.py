@@ -6,9 +6,11 @@ in the order they were asked in. Their messages are made when their batch is: pi
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -293,7 +295,12 @@ class Engine:
                 return generation(self.model, inputs, 1 + LATER, clock, beams=beams_of(handle.adapters))
 
         names = dict.fromkeys((UNPATCHED, self.spec))
-        read = interleave({name: lambda name=name: once(name) for name in names}, repeats=self.arguments.latency)
+        gc.collect()
+        gc.freeze()  # between readings only what is made from now on is looked through
+        try:
+            read = interleave({name: partial(once, name) for name in names}, repeats=self.arguments.latency)
+        finally:
+            gc.unfreeze()
         own = read[self.spec]
         first = {name: [one.ttft_ms for one in readings] for name, readings in read.items()}
         later = [one.decode_ms_per_token for one in own if one.decode_ms_per_token is not None]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import inspect
 import io
@@ -61,7 +62,7 @@ from vlmfast.eval.results import (
 from vlmfast.eval.runner import check_specs, expand
 from vlmfast.eval.sweep import REPEATS, UNPATCHED, describe_spec
 from vlmfast.eval.tasks.files import existing, settings_of
-from vlmfast.families import family_of
+from vlmfast.families import did_you_mean, family_of
 
 PREFIX = "lmms:"
 USAGE = "lmms:NAME,include=FOLDER"
@@ -171,14 +172,11 @@ def from_command(
 def choose(names: Sequence[tuple[str, Mapping[str, str]]], limit: int | None) -> list[Chosen]:
     """The tasks of these names, groups taken apart; their documents are loaded."""
     from lmms_eval.evaluator_utils import get_task_list
-    from lmms_eval.tasks import TaskManager, get_task_dict
+    from lmms_eval.tasks import get_task_dict
 
-    folders = [str(existing(one["include"], "folder of tasks")) for _, one in names if one["include"]]
-    manager = TaskManager("ERROR", include_path=list(dict.fromkeys(folders)) or None, model_name="vlmfast")
     found: dict[str, Chosen] = {}
-    for name, _ in names:
-        if name not in manager.all_tasks:
-            raise ValueError(_unknown(name, manager.all_tasks))
+    for name, settings in names:
+        manager = _manager(name, settings["include"])
         try:
             for output in get_task_list(get_task_dict([name], manager, "chat")):
                 task = output.task
@@ -193,6 +191,27 @@ def choose(names: Sequence[tuple[str, Mapping[str, str]]], limit: int | None) ->
         except Exception as error:
             raise RuntimeError(f"lmms-eval could not load the task {name}: {_reason(error)}") from error
     return list(found.values())
+
+
+@functools.cache
+def _indexed(folder: str, defaults: bool) -> Any:
+    """lmms-eval's index of tasks: of a folder, its own 2,000, or both. Reading its own takes seconds."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager("ERROR", include_path=folder or None, include_defaults=defaults, model_name="vlmfast")
+
+
+def _manager(name: str, folder: str) -> Any:
+    """The index that knows a task; a folder of the user's comes first. ValueError for an unknown name."""
+    if folder:
+        own = _indexed(str(existing(folder, "folder of tasks")), False)
+        if name in own.all_subtasks:
+            return own
+    manager = _indexed(folder, True)
+    if name not in manager.all_tasks:
+        hint = did_you_mean(name, manager.all_tasks)
+        raise ValueError(f"lmms-eval has no task {name!r}{hint}; `lmms-eval tasks list` lists its own")
+    return manager
 
 
 class Work:
@@ -271,6 +290,7 @@ class Work:
                     bootstrap_iters=0,
                     log_samples=True,
                     cli_args=options,
+                    task_manager=_indexed("", False),  # the tasks are there: it need not know any
                     verbosity="ERROR",
                 )
             except Exception as error:
@@ -475,12 +495,6 @@ def _written(value: Any) -> str:
         with contextlib.suppress(OSError, TypeError):
             return inspect.getsource(value)
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    from vlmfast.families import did_you_mean
-
-    return f"lmms-eval has no task {name!r}{did_you_mean(name, known)}; `lmms-eval tasks list` lists them"
 
 
 def _reason(error: BaseException) -> str:

@@ -604,8 +604,8 @@ def test_two_processes(models, data, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = f"{folder / 'accelerate'} launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
     launch += "--dynamo_backend no --main_process_port 29731"
-    for name, command, batch in (("two", launch, 1), ("one", sys.executable, 2)):
-        words = f"{command} {tmp_path / 'two.py'} {tmp_path / name} {common} --output_dir {tmp_path / f'{name}-run'} "
+    for name, start, batch in (("two", launch, 1), ("one", sys.executable, 2)):
+        words = f"{start} {tmp_path / 'two.py'} {tmp_path / name} {common} --output_dir {tmp_path / f'{name}-run'} "
         words += f"--per_device_train_batch_size {batch}"
         done = subprocess.run(shlex.split(words), env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]

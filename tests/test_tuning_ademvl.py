@@ -525,9 +525,13 @@ def test_gradients_with_checkpointing(fresh, name, mode):
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     assert all("ademvl_" in key for key in trained)
 
+    other = vlm.prompts([[5, "b", 1], [3]], seed=1, side="right")
+
     def gradients() -> dict[str, Tensor]:
+        """Of two forwards, the second of which is not what the first one's layers are to see when they run again."""
         model.zero_grad()
-        model(**inputs, labels=labels).loss.backward()
+        first = model(**inputs, labels=labels).loss
+        (first + model(**other).logits.square().mean()).backward()
         return {key: p.grad.clone() for key, p in trained.items()}
 
     whole = gradients()
@@ -539,6 +543,9 @@ def test_gradients_with_checkpointing(fresh, name, mode):
     model.enable_input_require_grads()
     with pytest.raises(NotImplementedError, match="use_reentrant"):
         gradients()
+    model.disable_input_require_grads()
+    with model.eval().disable_adapter(), torch.no_grad():
+        assert torch.equal(model(**inputs).logits, fresh(name).model(**inputs).logits), "nothing is left behind"
 
 
 def test_every_parameter_has_a_gradient_without_a_picture(fresh):

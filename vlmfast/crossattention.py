@@ -82,6 +82,12 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _Fused.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Of hidden, keys and values, as far as they are wanted."""
         hidden, keys, values = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         into = torch.empty_like(hidden) if wanted[0] else None

@@ -163,6 +163,7 @@ class AdemVLLayer(TunerLayer):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """[B, L, D] -> [B, L, D]"""
+        self.pending = None  # gradient checkpointing may have stopped between the net and its norm
         out = self.base_layer(hidden, *args, **kwargs)
         names = self.active(self.ademvl_config)
         if not names:

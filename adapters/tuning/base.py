@@ -114,7 +114,10 @@ class TunerLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def finish(self, adapter_name: str, config: Any) -> None:
-        """Put a new adapter where the base layer is, in the precision it has, trainable if it is active."""
+        """Put a new adapter where the base layer is, in the precision it has, trainable if it is active; it trains
+        (noise, dropout) when the model does.
+        """
+        self.train(self.get_base_layer().training)
         device = next((parameter.device for parameter in self.get_base_layer().parameters()), None)
         for name in self.adapter_layer_names:
             held = getattr(self, name)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import KINDS, TINY, build, shared
-from peft import PeftModel, PeftType, get_model_status, get_peft_model
+from peft import PeftModel, PeftType, get_layer_status, get_model_status, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -192,6 +192,9 @@ def test_several_adapters_saved_and_loaded(name, family, tmp_path):
     status = get_model_status(model)
     assert status.available_adapters == ["default", "second"] and status.active_adapters == ["second"]
     assert status.enabled is True and status.trainable_params == sum(v.numel() for v in trained(model).values())
+    each = get_layer_status(model)
+    assert len(each) == sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+    assert all(layer.active_adapters == ["second"] and layer.merged_adapters == [] for layer in each)
     model.set_adapter("default")
     assert torch.equal(logits(model, inputs), first)
     model.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tables import TableWalker
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from vlmfast.adapters.decoding.agla import AGLA
 from vlmfast.adapters.decoding.deco import DeCo
@@ -111,7 +112,7 @@ def vcd(case: Case, array: Arrays) -> Checks:
 
 def vista(case: Case, array: Arrays) -> Checks:
     """Hidden states steered behind a feed-forward net; the authors' come out in half precision."""
-    directions = array("{}__in_vsv")[:, None]
+    directions = normalize(array("{}__in_vsv")[:, None], dim=-1)
     hidden = steered(array("{}__in_x"), list(directions), case["hyperparameters"]["lambda"])
     yield "hidden", hidden.half(), array("{}__out_x")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
 
 import decoding_oracle as oracle
 import pytest
@@ -12,14 +11,12 @@ import torch
 from tiny import make
 from tiny_others import TINY as OTHERS
 from tiny_others import build_paligemma
-from torch import nn
 
 import vlmfast
 from vlmfast.adapters.decoding.deco import DeCo, candidates, correct
 from vlmfast.adapters.decoding.dola import DoLa, contrast, divergences
 from vlmfast.adapters.decoding.only import ONLY, textual
 from vlmfast.adapters.decoding.vista import VISTA, steered
-from vlmfast.steps import FewRows
 
 ROWS = [[3, "a", 2], [2, "b", 1, "c", 6], [4]]
 METHODS = {
@@ -417,14 +414,3 @@ def test_layers_that_there_are_not(spec, vlm):
     with pytest.raises(ValueError, match="decoder"):
         vlmfast.patch(vlm.model, spec)
     assert "vlmfast_handle" not in vlm.model.__dict__
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 2), (2, 3), (7, 1), (1, 1), (3, 3)])
-def test_a_few_rows_through_the_head_in_one_product(shape: tuple[int, int], bias: bool) -> None:
-    torch.manual_seed(0)
-    head, door = nn.Linear(16, 50, bias=bias), SimpleNamespace(running=True)
-    few, hidden = FewRows(door, head), torch.randn(*shape, 16)
-    torch.testing.assert_close(few(hidden), head(hidden), atol=1e-6, rtol=1e-6)
-    door.running = False
-    assert torch.equal(few(hidden), head(hidden))

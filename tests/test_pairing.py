@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import vlmfast
-from vlmfast import pairing
+from vlmfast import pairing, products
 from vlmfast.adapters.attention.zerotuning import ZeroTuning
 from vlmfast.branches import BranchDoor
 from vlmfast.edits.memory import EDITS
@@ -273,7 +273,7 @@ def test_half_precision_runs():
 @pytest.mark.parametrize(("rows", "paired"), [([[3, "a", 2]], 2), ([[3, "a", 2], [4]], 3), (ROWS, 5)])
 def test_few_rows_of_large_weights(fresh, monkeypatch, rows, paired):
     """The product turned round: with a bias and without, for two rows and for three, in paired steps alone."""
-    monkeypatch.setattr(pairing, "LARGE", 1)
+    monkeypatch.setattr(products, "LARGE", 1)
     vlm = fresh("qwen2_5_vl")
     for one in vlm.model.model.get_decoder().layers:
         one.self_attn.q_proj.bias.data.normal_()
@@ -285,7 +285,7 @@ def test_few_rows_of_large_weights(fresh, monkeypatch, rows, paired):
         return lambda x: (calls.append(len(x)), call(x))[1]
 
     with vlmfast.patch(vlm.model, SPEC):
-        linears = [one for one in vlm.model.modules() if isinstance(getattr(one, "forward", None), pairing.Turned)]
+        linears = [one for one in vlm.model.modules() if isinstance(getattr(one, "forward", None), products.FewRows)]
         for one in linears:
             one.forward.original = counted(one.forward.original)
         how = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, "output_scores": True}

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import DynamicCache
 
 from vlmfast.edits import EditsDoor
@@ -35,7 +36,8 @@ Steer = Callable[[Tensor, Tensor], Tensor]
 class Directions:
     """Directions of a batch of prompts.
 
-    layers: [B, D] fp32 by number of the layer. pictured: bool [B], rows without one are not steered; every: all are.
+    layers: [B, D] fp32 of length one, by number of the layer. pictured: bool [B], rows without one are not steered;
+    every: all are.
     """
 
     layers: Mapping[int, Tensor]
@@ -47,7 +49,7 @@ class DirectionsDoor:
     """Steers the hidden states of decoder layers of one patched model inside `generate`.
 
     steps: the method's door 4, which knows when that is. layers: 0-based. steer: output of a layer's feed-forward net
-    [B, L, D] and its directions [B, D] fp32 -> the output, steered.
+    [B, L, D] and its directions [B, D] fp32 of length one -> the output, steered.
     """
 
     def __init__(self, patch: Patch, steps: StepsDoor, layers: tuple[int, ...], steer: Steer) -> None:
@@ -114,7 +116,8 @@ class DirectionsDoor:
         layers = {}
         for number, hidden in whole.items():
             to = rows.to(hidden.device)
-            layers[number] = torch.zeros_like(hidden).index_copy(0, to, hidden[to] - without[number])
+            difference = normalize(hidden[to] - without[number], dim=-1)
+            layers[number] = torch.zeros_like(hidden).index_copy(0, to, difference)
         return Directions(layers, pictured, len(rows) == len(ids))
 
     def _last(self, base: nn.Module, inputs: dict[str, Any]) -> dict[int, Tensor]:

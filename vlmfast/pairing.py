@@ -34,14 +34,13 @@ from vlmfast.edits.turn import Enter, Turn
 from vlmfast.layers.cache import LAYERS
 from vlmfast.modality import KEYWORD as TOKENS
 from vlmfast.patching import HANDLE, Patch
+from vlmfast.products import FewRows, pays
 
 if TYPE_CHECKING:
     from vlmfast.branches import BranchDoor, Running
 
 PAIR = "vlmfast_pair"  # keyword of a forward: the `Pair` that may join it
-# Two or three fp32 rows cost a CPU's matrix product two or three times what one costs, as if its weights were read
-# again for each. The product turned round, W x^T, reads them once. Weights that stay in the cache need no such care.
-FEW, LARGE = (2, 3), 2**18
+FEW = (2, 3)  # rows of a paired forward whose products are turned round (see `vlmfast.products`)
 
 
 class PairedCache(Cache):
@@ -177,8 +176,8 @@ class Pairing:
         patch.hook(patch.model, self.after_model)
         head = patch.model.get_output_embeddings()
         for module in [*self.decoder.modules(), *([] if head is None else [head])]:
-            if type(module) is nn.Linear and module.weight.numel() >= LARGE and Turned.pays(module.weight):
-                patch.set(module, "forward", Turned(self, module))
+            if type(module) is nn.Linear and pays(module.weight):
+                patch.set(module, "forward", FewRows(module, self.turned))
 
     def pair(self, ids: Tensor, inputs: Mapping[str, Any]) -> Pair | None:
         """The branch of the running `generate`, where it can join this step. ids: [B, L] all tokens"""
@@ -206,6 +205,10 @@ class Pairing:
         doors = [one for one in model.__dict__[HANDLE].reporters if isinstance(one, EditsDoor)]
         looking = (watcher for door in doors for watcher in door.watchers.values())
         return not any(watcher.active for watcher in looking) and not any(door.followed for door in doors)
+
+    def turned(self, input: Tensor) -> bool:
+        """Whether a linear layer runs for the few rows of a paired step."""
+        return bool(self.few) and input.shape[:-1] == (self.few, 1)
 
     # --- hooks -------------------------------------------------------------------------------------------------
 
@@ -295,30 +298,6 @@ class Pairing:
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(hidden[: pair.joined] for hidden in output.hidden_states)
         return output
-
-
-class Turned:
-    """Stands for the `forward` of a linear layer: a few rows of a paired step without reading its weights for each."""
-
-    def __init__(self, pairing: Pairing, module: nn.Linear) -> None:
-        self.pairing, self.module, self.original = pairing, module, module.forward
-
-    @staticmethod
-    def pays(weight: Tensor) -> bool:
-        """Whether this is where it is faster. In half precision few rows cost what one costs as it is."""
-        return weight.device.type == "cpu" and weight.dtype == torch.float32
-
-    def __call__(self, input: Tensor) -> Tensor:
-        """As the original. [B + R, 1, D] -> [B + R, 1, D']"""
-        module, few = self.module, self.pairing.few
-        if not few or input.shape[:-1] != (few, 1) or not self.pays(module.weight):
-            return self.original(input)
-        turned = input[:, 0].t()
-        if module.bias is None:
-            output = module.weight @ turned
-        else:
-            output = torch.addmm(module.bias[:, None], module.weight, turned)
-        return output.t().contiguous()[:, None]
 
 
 def _plain(cache: Any) -> bool:

@@ -3,9 +3,9 @@
 A method says behind which decoder layers it wants the hidden states, what of them is to pass the model's head, and
 what becomes of the logits. Hooks take the hidden states of the last position alone, where prompts padded on the left
 end; what is to pass the head does so beside the model's own, in the same product, so that the head's weights are read
-once; and scores replace the logits where `generate` reads them: in front of its logits processors, for every search it
-knows. Direct calls of the model give its own logits, in training too. There is no second forward, and no state from
-step to step.
+once (see `vlmfast.products`); and scores replace the logits where `generate` reads them: in front of its logits
+processors, for every search it knows. Direct calls of the model give its own logits, in training too. There is no
+second forward, and no state from step to step.
 
 A method may rule tokens out. Where `generate` forbids the rest (suppressed tokens, grammars), nothing would be left to
 choose from; so what a method rules out is put far behind everything else instead, in the model's own order.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmfast.patching import Patch, Report
+from vlmfast.products import FewRows
 
 FAR = 1e4  # how far behind the others tokens are that a method rules out: no softmax sees them at any temperature
 
@@ -95,7 +96,7 @@ class StepsDoor:
         if asks is not None:
             head = patch.model.get_output_embeddings()
             if type(head) is nn.Linear and "forward" not in head.__dict__:
-                patch.set(head, "forward", FewRows(self, head))
+                patch.set(head, "forward", FewRows(head, self.deciding))
             patch.hook(head, self.before_head, before=True, first=False)
             patch.hook(head, self.after_head)
         patch.hook(patch.model, self.after_model)
@@ -117,6 +118,10 @@ class StepsDoor:
         asked = self.asks(Step(found, self.decoder.norm)).transpose(0, 1)
         self.asked = asked
         return (torch.cat([args[0], asked.to(args[0])], dim=1), *args[1:]), kwargs
+
+    def deciding(self, hidden: Tensor) -> bool:
+        """Whether what passes the head is for `generate`."""
+        return self.running
 
     def after_head(self, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
         """Hook of the head: the model gets back what is its own."""
@@ -151,30 +156,6 @@ class StepsDoor:
     def report(self, report: Report) -> Report:
         """Say what the method does."""
         return replace(report, notes=(*report.notes, f"{self.name}: {self.what}"))
-
-
-class FewRows:
-    """Stands for a head's forward: a handful of rows in one product on a CPU.
-
-    There x W^T with two to seven rows reads W once a row (MKL's products of vectors), W x^T reads it once: 68 and 21
-    ms for two rows, a vocabulary of 151,936 and a width of 896 on one thread. Plain decoding has one row.
-    """
-
-    MANY = 8  # from so many rows on both forms take the same time
-
-    def __init__(self, door: StepsDoor, head: nn.Linear) -> None:
-        self.door, self.head, self.original = door, head, head.forward
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """As the original, up to rounding. [..., D] -> [..., V]"""
-        rows = hidden.flatten(0, -2)
-        few = 1 < len(rows) < self.MANY and hidden.dtype == torch.float32 and hidden.device.type == "cpu"
-        if not (few and self.door.running):
-            return self.original(hidden)
-        output = (self.head.weight @ rows.T).T.contiguous()
-        if self.head.bias is not None:
-            output += self.head.bias
-        return output.unflatten(0, hidden.shape[:-1])
 
 
 def last(hidden: Tensor) -> Tensor:

@@ -26,9 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from vlmfast.adapters.decoding.base import Decoding, number
 from vlmfast.decoders import Sizes
@@ -39,17 +37,21 @@ from vlmfast.steps import Step, StepsDoor
 from vlmfast.towers import Picture
 
 FIRST, LAST = 25, 30  # of 32 layers, from 0 on
+NOTHING = 1e-12  # no length
 
 
 def steered(hidden: Tensor, directions: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Hidden states turned towards some directions, their length as before, fp32. [B, L, D], [B or 1, D] each"""
+    """Hidden states turned towards some directions, their length as before, fp32. [B, L, D], [B or 1, D] each
+
+    directions: of length one, or zero for none.
+    """
     hidden = hidden.float()
-    pull = torch.zeros_like(hidden)
+    length = hidden.norm(dim=-1, keepdim=True)
+    turned = unit = hidden / length.clamp(min=NOTHING)
     for direction, weight in zip(directions, weights):
-        against = cosine_similarity(hidden, -direction[:, None], dim=-1).clamp(min=0)[..., None]
-        pull = pull + weight * (1 + against) * normalize(direction, dim=-1)[:, None]
-    turned = normalize(normalize(hidden, dim=-1) + pull / len(directions), dim=-1)
-    return turned * hidden.norm(dim=-1, keepdim=True)
+        towards = direction[:, None]  # the cosine counts where it points away
+        turned = turned + (weight / len(directions)) * (1 + (unit * -towards).sum(-1, keepdim=True).relu()) * towards
+    return turned * (length / turned.norm(dim=-1, keepdim=True).clamp(min=NOTHING))
 
 
 @dataclass(frozen=True, kw_only=True)

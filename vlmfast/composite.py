@@ -15,7 +15,8 @@ How: on the layer's own modules. Projections and the feed-forward net get the to
 other, and zeros stand where the others would be; a norm of zeros is zero, so that the residual stream of a token that
 skips a part stays as it is. The attention gets text queries alone, padded to the most that a row of the batch has,
 with a mask of their own [B, 1, T, K]; nothing of size [Q, Q] is made. Padding skips what visual tokens skip. Prompts
-without visual tokens, and generated tokens, go through the layers untouched.
+without visual tokens, and generated tokens, go through the layers untouched. A prompt that ends with a picture is
+answered by a visual token, which has seen nothing of the rest in these layers.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ class CompositeDoor:
         gated = attention.q_proj.out_features != attention.o_proj.in_features  # queries, and a gate behind them
         modules = [] if gated and parts.output else [attention.q_proj]
         modules += [] if parts.output else [attention.o_proj]
-        return modules + ([] if parts.feed_forward else [layer.mlp])
+        if not parts.feed_forward:  # the norm in front of it multiplies nothing, but takes its time
+            modules += [getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm), layer.mlp]
+        return modules
 
     def rows(self, turn: Turn) -> Rows | None:
         """The text among the tokens of a layer's turn, worked out once for all layers that get the same ones."""

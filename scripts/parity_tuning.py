@@ -238,8 +238,11 @@ def adem_vl(case: Case, array: Arrays) -> Checks:
         fill(project[index], weight=array(f"in_{name}_w"), bias=array(f"in_{name}_b"))
     pooled = multiscale(maps, config.grids, "official")
     yield "pooled", pooled, array("out_pooled")
-    values = entries(project, list(maps), config, "official").unflatten(0, (len(maps), -1))
-    yield "projected", values / config.beta, array("out_proj")
+    unscaled, values = (
+        entries(project, list(maps), one, "official").unflatten(0, (len(maps), -1))
+        for one in (ademvl_config(hyper | {"beta": 1.0}), config)
+    )
+    yield "projected", unscaled, array("out_proj")
     values = values * array("in_indicators")[:, None, None]  # without a picture the entries are zero
     yield "visual", values, array("out_visual")
     bank = Bank.of(list(values), array("in_emb1")[0], array("in_emb2")[0])

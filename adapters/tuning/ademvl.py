@@ -22,11 +22,11 @@ family's samples are single pictures (Idefics3, SmolVLM) a sample has one token.
 Text alone. As in the authors' code V is 0 and the offsets act, a learned memory: with e2 = 0, its initial value, they
 change nothing. Dropping it would run prompts without pictures on another model than the one that was trained on them.
 
-Differs from the authors' code: no bottlenecks inside the vision tower, one picture's features do not come from its
-penultimate block but from the one the model uses; grids are pooled unless the map has their size already (theirs:
-unless the grid is 16); no text "Image: " before the token, the prompt stays what the processor makes of it; blocks
-with a norm behind the feed-forward net (Gemma 2 and 3) add the branch behind that norm. `gate` and the mode "augment",
-in which the model keeps its visual tokens, are ours.
+Differs from the authors' code: no bottlenecks inside the vision tower; features of the block that the model itself
+uses (theirs: the last but one); grids are pooled unless the map has their size already (theirs: unless the grid is
+16); no text "Image: " before the token, the prompt stays what the processor makes of it; blocks with a norm behind the
+feed-forward net (Gemma 2 and 3) add the branch behind that norm. `gate` and the mode "augment", in which the model
+keeps its visual tokens, are ours. Every token gets the branch, visual ones and those before their picture, too.
 """
 
 from __future__ import annotations

@@ -233,11 +233,11 @@ def tapped_attention(
     if dropout:
         raise NotImplementedError("edited attention with attention dropout: set the config's attention_dropout to 0")
 
-    def own(query: Tensor = query, mask: Tensor | None = attention_mask) -> Tensor:
+    def plain(query: Tensor = query, mask: Tensor | None = attention_mask) -> Tensor:
         output: Tensor = attend(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)[0]
         return output
 
-    return turn.attend(module, query, key, value, attention_mask, scale, own, kwargs), None
+    return turn.attend(module, query, key, value, attention_mask, scale, plain, kwargs), None
 
 
 def tap(patch: Patch, modules: Sequence[Any]) -> None:

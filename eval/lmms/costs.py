@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -61,41 +62,40 @@ class Costs:
 
 
 class Sizes:
-    """Tells the pictures of the prompts that a patched model answers, whether or not a method drops tokens.
+    """Tells the pictures of the prompts that a model answers, whether or not a method drops tokens.
 
-    Where a method rewrites prompts its report tells them; otherwise the encoders that stand in the model while this
-    context is open do, which change nothing.
+    Where a method rewrites prompts, the report of its patch tells them. Otherwise the encoders do: they are replaced,
+    before the model is patched, by ones that note what they see and change nothing. `close` after the patch is closed.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        self.handle = handle
-        self.watch = Patch(handle.patch.model)
+    def __init__(self, model: Any) -> None:
+        self.watch = Patch(model)
         self.found: dict[str, list[Picture]] = {}
+        for name, source in self.watch.family.sources.items():
+            encoder = encoder_of(self.watch, name, ())
+            self.watch.set(self.watch.base, source.encode, Noting(encoder, self.found, name))
 
-    def __enter__(self) -> Sizes:
-        if not self._told():
-            for name, source in self.watch.family.sources.items():
-                encoder = encoder_of(self.watch, name, ())
-                self.watch.set(self.watch.base, source.encode, Noting(encoder, self.found, name))
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Put the model's own encoders back."""
         self.watch.close()
 
-    def _told(self) -> bool:
-        return any(isinstance(one, Door) for one in self.handle.reporters)
-
     def entries(
-        self, real: Sequence[int], pictures: Mapping[str, Sequence[int]], generated: Sequence[int], depth: int
+        self,
+        handle: Handle,
+        real: Sequence[int],
+        pictures: Mapping[str, Sequence[int]],
+        generated: Sequence[int],
+        depth: int,
     ) -> list[Entry]:
-        """One entry a row of the batch that was just answered.
+        """One entry a row of the batch that was just answered; `found` was empty before it.
 
-        real: tokens of each row, placeholders included and padding not. pictures: how many each row has, by modality.
+        handle: of the patch. real: tokens of each row, placeholders included and padding not. pictures: how many each
+        row has, by modality.
         """
         if not any(any(numbers) for numbers in pictures.values()):
             return [(tokens, (), (0,) * depth, 0, new) for tokens, new in zip(real, generated)]
-        if self._told():
-            prompts = self.handle.report().prompts
+        if any(isinstance(one, Door) for one in handle.reporters):
+            prompts = handle.report().prompts
             if len(prompts) != len(real):
                 raise RuntimeError(f"the report tells of {len(prompts)} prompts, the batch has {len(real)}")
             return [
@@ -113,8 +113,9 @@ class Sizes:
         for row, (tokens, new) in enumerate(zip(real, generated)):
             sizes: list[Picture] = []
             for name, numbers in pictures.items():
-                sizes += left[name][: numbers[row]]
-                del left[name][: numbers[row]]
+                if numbers[row]:
+                    sizes += left[name][: numbers[row]]
+                    del left[name][: numbers[row]]
             span = sum(size.span for size in sizes)
             kept = sum(size.tokens for size in sizes)
             entries.append((tokens - span, tuple(sizes), (span,) * depth, kept, new))
@@ -125,7 +126,7 @@ class Noting:
     """Stands for an encoder and notes the sizes of what it encodes first; a branch's pictures come later."""
 
     def __init__(self, encoder: PictureEncoder, found: dict[str, list[Picture]], name: str) -> None:
-        self.__dict__.update(encoder.__dict__)  # `generate` reads the original's signature
+        functools.update_wrapper(self, encoder.original, updated=())  # `generate` reads the signature
         self.encoder, self.sizes, self.modality = encoder, found, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

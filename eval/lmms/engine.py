@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 import vlmfast
 from vlmfast.adapters import from_spec, resolve, solve_flops, to_spec
@@ -80,25 +80,37 @@ class Engine:
         if self.processor.chat_template is None and self.tokenizer.chat_template is None:
             raise ValueError(f"{self.name} has no chat template: lmms-eval's prompts cannot be written for it")
         self._set_pixels()
+        names = ("image_token", "video_token", "boi_token", "eoi_token")
+        control = {*self.tokenizer.all_special_tokens, *(getattr(self.processor, name, None) for name in names)}
+        self.control = sorted(
+            (str(token) for token in control if token and len(str(token)) > 1), key=len, reverse=True
+        )
         spec = arguments.method
         if arguments.flops is not None:
             spec = to_spec(solve_flops(self.model, resolve(self.model, [spec]), arguments.flops))
         self.spec = spec
         self.handle: Handle | None = None
+        self.sizes: Sizes | None = None
         self.costs = Costs(self.model.config, ())
         self.first: Ask | None = None  # the request that times are taken of
 
     def open(self, spec: str) -> None:
         """Patch the model; what was opened before is closed. Errors as in `vlmfast.patch`."""
         self.close()
-        self.handle, self.spec = vlmfast.patch(self.model, spec), spec
+        self.sizes = Sizes(self.model)
+        try:
+            self.handle, self.spec = vlmfast.patch(self.model, spec), spec
+        except BaseException:
+            self.close()
+            raise
         self.costs, self.first = Costs(self.model.config, self.handle.adapters), None
 
     def close(self) -> None:
         """Restore the model. Safe to call twice."""
-        if self.handle is not None:
-            self.handle.close()
-            self.handle = None
+        for one in (self.handle, self.sizes):
+            if one is not None:
+                one.close()
+        self.handle = self.sizes = None
 
     def answer(self, asks: Sequence[Ask], notify: Callable[[int], None] = lambda n: None) -> list[Reply]:
         """Replies to requests, in their order. notify: is told how many more are done.
@@ -178,17 +190,20 @@ class Engine:
         processors: LogitsProcessorList | None = None,
     ) -> tuple[Tensor, list[int]]:
         """Generate, and count the cost. -> new tokens [B, T], and how many of them each row took"""
-        assert self.handle is not None
-        extra: dict[str, Any] = {"stop_strings": list(until), "tokenizer": self.tokenizer} if until else {}
+        assert self.handle is not None and self.sizes is not None
+        self.sizes.found.clear()
+        width = inputs["input_ids"].shape[1]
+        extra: dict[str, Any] = {"pad_token_id": self.tokenizer.pad_token_id}
+        if until:
+            extra["stopping_criteria"] = StoppingCriteriaList([Stops(self.tokenizer, until, width)])
         if processors is not None:
             extra["logits_processor"] = processors
-        with torch.no_grad(), Sizes(self.handle) as sizes:
-            sequences = self.model.generate(**inputs, **kwargs, **extra, pad_token_id=self.tokenizer.pad_token_id)
-            new = sequences[:, inputs["input_ids"].shape[1] :]
-            lengths = self._lengths(new)
-            numbers = {kind: [count(messages, kind) for messages in rows] for kind in self.family.sources}
-            real = inputs["attention_mask"].sum(1).tolist()
-            entries = sizes.entries(real, numbers, lengths, self.costs.depth)
+        with torch.no_grad():
+            new = self.model.generate(**inputs, **kwargs, **extra)[:, width:]
+        lengths = self._lengths(new)
+        numbers = {kind: [count(messages, kind) for messages in rows] for kind in self.family.sources}
+        real = inputs["attention_mask"].sum(1).tolist()
+        entries = self.sizes.entries(self.handle, real, numbers, lengths, self.costs.depth)
         self.first = self.first or next((ask for ask in asks if ask.counts), None)
         self.costs.add(entry for ask, entry in zip(asks, entries) if ask.counts)
         return new, lengths
@@ -204,7 +219,6 @@ class Engine:
             return_dict=True,
             add_generation_prompt=True,
             return_tensors="pt",
-            sanitize_control_tokens=any(self._writes_tokens(messages) for messages in rows),
             processor_kwargs={"padding": True, **(settings if count(rows[0], "video") else {})},
         )
         device, dtype = self.model.device, self.model.dtype
@@ -217,6 +231,8 @@ class Engine:
     def _messages(self, ask: Ask) -> list[Message]:
         """The conversation of a request, pictures loaded; NotImplementedError for what the model does not take."""
         rows = [_placed(one) for one in ask.messages()]
+        for part in (part for one in rows for part in one["content"] if part["type"] == "text"):
+            part["text"] = self._words(part["text"])
         if self.arguments.system_prompt and rows[0]["role"] != "system":
             rows.insert(0, {"role": "system", "content": [{"type": "text", "text": self.arguments.system_prompt}]})
         for kind in ("image", "video", "audio"):
@@ -243,12 +259,11 @@ class Engine:
             raise ValueError(f"the answer {ask.continuation!r} whose likelihood is asked for has no tokens")
         return found
 
-    def _writes_tokens(self, messages: Sequence[Message]) -> bool:
-        """Whether a text has words in it that are tokens with a meaning of their own."""
-        texts = [part["text"] for one in messages for part in one["content"] if part["type"] == "text"]
-        tokens = {token for token in self.tokenizer.all_special_tokens if token}
-        tokens |= {str(getattr(self.processor, name, "") or "") for name in ("image_token", "video_token")} - {""}
-        return any(token in text for token in tokens for text in texts)
+    def _words(self, text: str) -> str:
+        """A text in which nothing is a token with a meaning of its own: `<image>` becomes `< image>`."""
+        for token in self.control:
+            text = text.replace(token, f"{token[:1]} {token[1:]}")
+        return text
 
     def _end(self) -> int:
         ends = self.model.generation_config.eos_token_id
@@ -317,6 +332,24 @@ class Engine:
 
 
 EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}  # what Qwen's processors call their limits
+
+
+class Stops(StoppingCriteria):
+    """Ends an answer that says one of some texts. start: where answers begin in the ids.
+
+    transformers' own way needs a tokenizer whose tokens join to text without spaces in between.
+    """
+
+    def __init__(self, tokenizer: Any, until: Sequence[str], start: int) -> None:
+        self.tokenizer, self.until, self.start = tokenizer, tuple(until), start
+        self.longest = max(map(len, until)) + 1  # tokens that the last stop can begin in, and one before it
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Whether each row is over. [B, L] -> bool [B]"""
+        new = input_ids[:, max(self.start, input_ids.shape[1] - self.longest) :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        over = [any(stop in text for stop in self.until) for text in texts]
+        return torch.tensor(over, dtype=torch.bool, device=input_ids.device)
 
 
 class Forced(LogitsProcessor):

@@ -22,7 +22,7 @@ import vlmfast
 from vlmfast import __main__ as cli
 from vlmfast.adapters.tuning import TUNERS
 from vlmfast.eval.environment import describe
-from vlmfast.eval.finetune import Arguments, Training, command, finetune, training, tuners
+from vlmfast.eval.finetune import Arguments, Training, command, evaluating, finetune, training, tuners
 from vlmfast.eval.finetune.collate import Collator
 from vlmfast.eval.finetune.command import parsed
 from vlmfast.eval.finetune.data import load_samples
@@ -198,6 +198,37 @@ def test_tasks_while_training(tune, models, tmp_path):
     assert {"eval_where_accuracy", "eval_tasks_mean"} < set(scores[0])
     assert same_weights(quiet.folder, asked.folder)
     assert asked.metrics["eval_tasks_mean"] == scores[-1]["eval_tasks_mean"]
+
+
+def test_evaluation_leaves_no_trace(vlm, monkeypatch):
+    """The model is asked in evaluation mode, without gradients and the method; all is as before, after an error too."""
+    seen = []
+
+    class Scores:
+        def __init__(self, job, model, processor):
+            seen.append((model.training, torch.is_grad_enabled(), handle_of(model)))
+
+        def scores(self, spec):
+            torch.rand(3)
+            raise ValueError(spec)
+
+    monkeypatch.setattr(evaluating, "TaskScores", Scores)
+    pruning = evaluating.Pruning(vlm.model, HALF)
+    evaluation = evaluating.TaskEvaluation(["colour"], "m", None, pruning, limit=1, batch=1, seed=0)
+    frozen = next(vlm.model.children())
+    vlm.model.train()
+    frozen.eval()
+    try:
+        modes, state = [m.training for m in vlm.model.modules()], torch.get_rng_state()
+        pruning.start()
+        with pytest.raises(ValueError, match=HALF):
+            evaluation(vlm.model)
+        assert handle_of(vlm.model).spec == HALF
+        assert modes == [m.training for m in vlm.model.modules()] and state.equal(torch.get_rng_state())
+        assert seen == [(False, False, None)]
+    finally:
+        pruning.stop()
+        vlm.model.eval()
 
 
 @pytest.mark.slow
@@ -527,7 +558,7 @@ class TestCommand:
 
 
 @pytest.fixture(scope="module")
-def tuned(self, models, data, tmp_path_factory):
+def tuned(models, data, tmp_path_factory):
     options = Training(output_dir=str(tmp_path_factory.mktemp("tuned") / "lora"), max_steps=2, disable_tqdm=True,
                        per_device_train_batch_size=2, save_strategy="no", learning_rate=0.05)  # fmt: skip
     return finetune(Arguments(model=str(models / "llava"), data=str(data)), options).folder

@@ -143,7 +143,17 @@ def test_batches_hold_equal_options_longest_first():
 # --- the engine ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=MODELS)
+LLAVA, QWEN = MODELS
+SLOWLY = pytest.param(QWEN, marks=pytest.mark.slow)
+
+
+def under(fast, slow):
+    """Test parameters (model, spec): every spec once, then on the other model."""
+    pairs = [pytest.param(*pair) for pair in fast] + [pytest.param(*pair, marks=pytest.mark.slow) for pair in slow]
+    return pytest.mark.parametrize(("engine", "spec"), pairs, indirect=["engine"])
+
+
+@pytest.fixture(scope="module", params=[LLAVA, SLOWLY])
 def engine(request):
     engine = Engine(Arguments(pretrained=request.param, batch_size=2, latency=1))
     yield engine
@@ -180,7 +190,10 @@ def requests():
     ]
 
 
-@pytest.mark.parametrize("spec", ["none", "hiprune:keep=0.4", "fastv:keep=0.5", "vcd"])
+@under(
+    [(LLAVA, "none"), (QWEN, "hiprune:keep=0.4"), (LLAVA, "fastv:keep=0.5"), (QWEN, "vcd")],
+    [(QWEN, "none"), (LLAVA, "hiprune:keep=0.4"), (QWEN, "fastv:keep=0.5"), (LLAVA, "vcd")],
+)
 def test_answers_are_those_of_a_plain_generate(engine, spec):
     """In batches of two and in another order, or one at a time as a user asks: the same answers."""
     engine.open(spec)
@@ -251,7 +264,11 @@ def test_likelihoods_need_a_method_that_leaves_tokens_alone(engine):
             engine.answer([ask("q/1", picture(doc), doc.prompt, continuation=" no")])
 
 
-@pytest.mark.parametrize("spec", ["none", "hiprune:keep=0.4", "fastv:keep=0.5", "pai:gamma=1.0"])
+@under(
+    [(QWEN, "none"), (LLAVA, "fastv:keep=0.5")],
+    [(LLAVA, "none"), (QWEN, "fastv:keep=0.5")]
+    + [(model, spec) for model in MODELS for spec in ("hiprune:keep=0.4", "pai:gamma=1.0")],
+)
 def test_costs_are_those_of_the_report(engine, spec):
     """Prompts without a picture, with two, repeated in other batches: as told by the patch, prompt by prompt."""
     engine.open(spec)

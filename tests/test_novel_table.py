@@ -148,7 +148,7 @@ def test_a_row_for_real_goes_on_after_an_interruption(main, monkeypatch, tmp_pat
 
     monkeypatch.setattr(tuning, "ask", stopped)
     with pytest.raises(KeyboardInterrupt):
-        main("--way", "lofit", "--steps", 2)
+        main("--way", "lofit-all", "--steps", 2)
 
     def again(model, *args):
         if hasattr(model, "peft_config"):
@@ -156,10 +156,10 @@ def test_a_row_for_real_goes_on_after_an_interruption(main, monkeypatch, tmp_pat
         return ask(model, *args)
 
     monkeypatch.setattr(tuning, "ask", again)
-    assert main("--way", "lofit", "--steps", 2) == 0
+    assert main("--way", "lofit-all", "--steps", 2) == 0
     assert trained[0].keys() == trained[1].keys()
     assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
-    row = json.loads((tmp_path / "testbed-llava--lofit.json").read_text())
+    row = json.loads((tmp_path / "testbed-llava--lofit-all.json").read_text())
     plain = json.loads((tmp_path / "testbed-llava--none.json").read_text())
     assert row["step"]["ms"]["median"] > 0 and row["step"]["peak_mb"] > 12 and row["step"]["batch"] == tuning.BATCH
     assert plain["first_token"]["gflops_share"] == 1 and row["trainable"] == 2 * 192 * 6

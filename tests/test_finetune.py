@@ -13,7 +13,6 @@ import pytest
 import torch
 from chat_data import colours, turn, write_lines
 from conftest import ROOT, every_family
-from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
 from typer.testing import CliRunner
@@ -648,7 +647,3 @@ def test_two_processes(models, data, tmp_path):
     assert json.loads((tmp_path / "two-run" / "vlmfast_finetune.json").read_text())["processes"] == 2
     one, two = (load_file(tmp_path / f"{name}-run" / WEIGHTS) for name in ("one", "two"))
     assert all(torch.allclose(one[name], two[name], atol=1e-4) for name in one)
-
-
-def test_lora_config_is_peft_s():
-    assert tuners.known()["lora"] is LoraConfig

@@ -83,7 +83,7 @@ class TestMentions:
     @pytest.mark.parametrize("answer", [PLAIN, AFTER, "", "a leaf's wheel.anchor_heart,cups 3cup", DOC.answer])
     def test_they_are_what_chair_counts(self, answer):
         scores = TASKS["caption"].score(DOC, answer)
-        made = captions.caption("m", TASKS["caption"], DOC, answer)
+        made = captions.caption(["m"], TASKS["caption"], DOC, answer)
         assert (made.mentioned, made.invented) == (scores["mentioned"], scores["invented"])
         assert "".join(piece.text for piece in made.pieces) == answer
 
@@ -100,12 +100,20 @@ class TestMentions:
 class TestCaptions:
     def test_before_and_after(self, runs):
         (view,) = views(runs)
-        assert [one.name for one in view.captions] == ["unpatched", "hiprune+dola keep 0.5", "vcd"]
+        assert [one.names for one in view.captions] == [("unpatched",), ("hiprune+dola keep 0.5",), ("vcd",)]
         before, silent, after = view.captions
         assert (before.invented, before.mentioned) == (1, 2), "a thing counts once"
         assert [piece.invented for piece in before.pieces] == [None, False, None, True, None, True, None]
         assert (after.invented, after.mentioned) == (0, 1) and (silent.mentioned, silent.pieces) == (0, ())
         assert view.things == tuple(THERE) and view.picture == f"scene-{DOC.scene}"
+
+    def test_methods_that_say_the_same_share_a_line(self, runs, undrawn):
+        runs = [*runs, run("dola", PLAIN), run("deco", AFTER)]
+        (view,) = views(runs)
+        names = [one.names for one in view.captions]
+        assert names == [("unpatched", "dola"), ("deco", "vcd"), ("hiprune+dola keep 0.5",)]
+        text = page.render(arrange(runs))
+        assert '<th scope="row"><span>unpatched,</span><span>dola</span></th>' in text
 
     def test_only_where_methods_change_more_than_what_is_seen(self, runs):
         assert views([runs[0], runs[3]]) is None

@@ -18,9 +18,9 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Caption:
-    """What one run said. invented, mentioned: different things, as CHAIR counts them."""
+    """What some runs said, word for word. invented, mentioned: different things, as CHAIR counts them."""
 
-    name: str
+    names: tuple[str, ...]
     pieces: tuple[Piece, ...]
     invented: int
     mentioned: int
@@ -46,12 +46,16 @@ def view(section: Section, sample: Sample) -> View | None:
     rows = [(row, answer) for row in effect.edited(section) if (answer := sample.answer(row)) and answer.doc]
     if not rows or not hasattr(_task(sample), "mentions"):
         return None
-    captions = tuple(caption(effect.name(row), _task(sample), answer.doc, answer.text) for row, answer in rows)
-    return View(sample.picture, tuple(rows[0][1].doc.info["target"]), captions)
+    said: dict[str, list[str]] = {}
+    for row, answer in rows:
+        said.setdefault(answer.text, []).append(effect.name(row))
+    doc = rows[0][1].doc
+    captions = tuple(caption(names, _task(sample), doc, text) for text, names in said.items())
+    return View(sample.picture, tuple(doc.info["target"]), captions)
 
 
-def caption(name: str, task: Any, doc: Any, text: str) -> Caption:
-    """A caption in pieces."""
+def caption(names: Sequence[str], task: Any, doc: Any, text: str) -> Caption:
+    """A caption in pieces. names: of the runs"""
     mentions = task.mentions(doc, text)
     pieces, end = [], 0
     for one in mentions:
@@ -59,7 +63,7 @@ def caption(name: str, task: Any, doc: Any, text: str) -> Caption:
         end = one.end
     pieces = [piece for piece in (*pieces, Piece(text[end:], None)) if piece.text]
     things = {one.thing: one.there for one in mentions}
-    return Caption(name, tuple(pieces), sum(not there for there in things.values()), len(things))
+    return Caption(tuple(names), tuple(pieces), sum(not there for there in things.values()), len(things))
 
 
 def _task(sample: Sample) -> Any:

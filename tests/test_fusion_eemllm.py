@@ -13,8 +13,10 @@ import torch
 from attention_oracle import full_maps
 from conftest import KINDS, TINY, build, lend
 from test_promises import ROWS, snapshot
-from tiny import IMAGE, VIDEO
+from tiny import IMAGE, VIDEO, Tiny, make, text_settings
+from tiny_llava import clip, square
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 import vlmfast
 from vlmfast.adapters import EEMLLM, from_spec, support, to_spec
@@ -122,6 +124,25 @@ def equals_the_whole_model(one_vlm, update):
     with torch.no_grad(), oracle(model, update, layers, visual_of(longer)):
         expected = model(**longer).logits
     close(torch.stack(forced.logits, 1), expected[:, -5:-1], torch.ones(1, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("update", ["self", "none"])
+def test_sliding_windows(update):
+    """Layers that have forgotten part of the prompt, also in chunks and in a static cache."""
+
+    def sliding():
+        text = MistralConfig(**text_settings(), sliding_window=9)
+        settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+        config = LlavaConfig(text_config=text, vision_config=clip(), image_token_id=IMAGE, **settings)
+        return LlavaForConditionalGeneration(config)
+
+    vlm = make("llava", Tiny(sliding, square))
+    equals_the_whole_model(vlm, update)
+    inputs, found = vlm.prompts(ROWS), []
+    with vlmfast.patch(vlm.model, spec(update)):
+        for how in ({}, {"prefill_chunk_size": 7}, {"cache_implementation": "static"}):
+            found.append(vlm.model.generate(**inputs, max_new_tokens=5, do_sample=False, **how))
+    assert all(torch.equal(one, found[0]) for one in found[1:])
 
 
 @pytest.mark.parametrize("update", UPDATES)

@@ -46,6 +46,7 @@ from vlmfast.eval.matching import named
 from vlmfast.eval.metrics import DRAWS, draw, interval
 from vlmfast.eval.models import check_device, model_folder, model_hash, split_adapter
 from vlmfast.eval.report import text
+from vlmfast.eval.report.table import WIDEST
 from vlmfast.eval.results import (
     SCHEMA,
     Answers,
@@ -69,6 +70,8 @@ USAGE = "lmms:NAME,include=FOLDER"
 REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'  # lmms-eval's own default
 CHOICE = ("multiple_choice", "loglikelihood")  # kinds of tasks that lmms-eval builds for simple models alone
 PATIENCE = 2.0  # seconds for the resamples of one metric
+FEW = 2  # tasks in a table up to which differences are printed
+DIFFERS = "*"
 FEWEST = 200  # resamples that make an interval
 
 
@@ -139,7 +142,7 @@ def evaluate(
         }
         work = Work(name, Path(out), identity, chosen)
         paths += [work.path(spec) for spec in runs[name]]
-        alone = sole_writer(Path(out), name) if os.environ.get("RANK", "0") == "0" else contextlib.nullcontext()
+        alone = sole_writer(Path(out), name) if _first_process() else contextlib.nullcontext()
         with alone, quiet():
             work.run([spec for spec in runs[name] if not work.done(spec)])
     return paths
@@ -304,8 +307,9 @@ class Work:
                 first = False
                 continue
             for one in tasks:
-                records += records_of(one, found["samples"][one.name])
-                metrics[one.name] = measure(one, found, baseline, self.common["seed"])
+                samples = sorted(found["samples"][one.name], key=lambda sample: sample["doc_id"])  # of all processes
+                records += records_of(one, samples)
+                metrics[one.name] = measure(one, found["results"][one.name], samples, baseline, self.common["seed"])
         if not first:
             return
         self.answers(spec).start(records)
@@ -373,10 +377,14 @@ def records_of(one: Chosen, samples: Sequence[Mapping[str, Any]]) -> list[dict[s
     ]
 
 
-def measure(one: Chosen, found: Mapping[str, Any], baseline: Mapping[str, Any], seed: int) -> dict[str, Metric]:
+def measure(
+    one: Chosen,
+    numbers: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    baseline: Mapping[str, Any],
+    seed: int,
+) -> dict[str, Metric]:
     """Every number that lmms-eval gives of a task, the headline first: its first metric. Filters by their names."""
-    numbers = found["results"][one.name]
-    samples = found["samples"][one.name]
     ids = [f"{PREFIX}{one.name}/{sample['doc_id']}" for sample in samples]
     filters = list(dict.fromkeys(key.partition(",")[2] for key in numbers if "," in key))
     metrics: dict[str, Metric] = {}
@@ -451,6 +459,11 @@ def _aggregated(aggregate: Callable[..., Any], values: Sequence[Any]) -> float:
     return float(found) if _is_number(found) else float("nan")
 
 
+def _first_process() -> bool:
+    """Whether this is the one process, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _values(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """What the tasks made of each document, by its id."""
     return {record["id"]: record["values"] for record in records}
@@ -520,12 +533,19 @@ def quiet() -> Iterator[None]:
 
 
 def show(paths: Sequence[Path], console: Console | None = None) -> None:
-    """A table of these runs: each task's first metric in lmms-eval's units, and what it cost."""
+    """A table of these runs: each task's first metric in lmms-eval's units, and what it cost.
+
+    Of several processes the first one prints it.
+    """
+    if not _first_process():
+        return
     results = [read_result(path) for path in paths]
     console = console or Console()
+    if not console.is_terminal and console.width < WIDEST:
+        console = Console(file=console.file, width=WIDEST, force_terminal=False, no_color=True)
     for model in dict.fromkeys(result.model for result in results):
         table = Table(title=f"{model}: lmms-eval", title_justify="left", box=None, pad_edge=False)
-        table.add_column("method", overflow="fold")
+        table.add_column("method", no_wrap=True)
         rows = [result for result in results if result.model == model]
         for name, task in rows[0].tasks.items():
             table.add_column(f"{name.removeprefix(PREFIX)}\n{task.headline}", justify="right")
@@ -535,22 +555,22 @@ def show(paths: Sequence[Path], console: Console | None = None) -> None:
             ttft, speedup = result.latency.get("ttft_ms"), result.latency.get("ttft_speedup")
             table.add_row(
                 "unpatched" if result.spec == UNPATCHED else result.spec,
-                *(_cell(task.metrics[task.headline]) for task in result.tasks.values()),
+                *(_cell(task.metrics[task.headline], len(result.tasks) <= FEW) for task in result.tasks.values()),
                 text.percent(result.cost.get("share_of_unpatched"), 0),
                 text.count(result.cost.get("visual_tokens")),
                 text.number(ttft and ttft["median"]),
                 text.MISSING if speedup is None or result.spec == UNPATCHED else f"{speedup['median']:.2f}",
             )
         console.print(table)
-    notes = f"Difference from the unpatched run with its 95 % interval. Results: {paths[0].parent}"
+    notes = f"{DIFFERS} differs from the unpatched model: the 95 % interval excludes zero. Results: {paths[0].parent}"
     console.print(notes, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
-def _cell(metric: Metric) -> str:
-    """`0.8  -0.2 [-0.6, +0]`: a value, and its difference from the unpatched run."""
-    if metric.difference is None:
-        return f"{metric.value:.4g}"
-    if metric.difference_low is None or metric.difference_high is None:
-        return f"{metric.value:.4g}  {metric.difference:+.2g}"
-    ends = f"\\[{metric.difference_low:+.2g}, {metric.difference_high:+.2g}]"
-    return f"{metric.value:.4g}  {metric.difference:+.2g} {ends}"
+def _cell(metric: Metric, whole: bool) -> str:
+    """`0.8 *`: a value; whole: with its difference from the unpatched run, `0.8 -0.2 [-0.6, -0.1] *`."""
+    low, high = metric.difference_low, metric.difference_high
+    if metric.difference is None or low is None or high is None:
+        return f"{metric.value:.4g}  "
+    mark = DIFFERS if low > 0 or high < 0 else " "  # which way is better is the metric's affair
+    difference = f" {metric.difference:+.2g} \\[{low:+.2g}, {high:+.2g}]" if whole else ""
+    return f"{metric.value:.4g}{difference} {mark}"

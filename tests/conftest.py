@@ -97,12 +97,7 @@ def pytest_collection_finish() -> None:
     """What was imported is never garbage: measuring code collects often, and would look through it each time."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_runtest_setup() -> None:
-    """The same after an evaluation, which thaws everything at its end."""
-    if not gc.get_freeze_count():
-        gc.freeze()
+    gc.unfreeze = lambda: None  # an evaluation thaws everything at its end
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

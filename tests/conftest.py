@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.util
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -106,3 +107,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(
             f"golden files: {GOLDEN} is absent, parity with the official codes was not compared"
         )
+    if importlib.util.find_spec("lmms_eval") is None:
+        terminalreporter.write_line("lmms-eval is not installed: tests/test_lmms_eval.py was not run")

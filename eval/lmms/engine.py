@@ -171,7 +171,7 @@ class Engine:
         inputs = self.inputs(rows)
         targets = [self._continuation(ask, messages) for ask, messages in zip(asks, rows)]
         forced = Forced(targets, self._end())
-        kwargs = {"max_new_tokens": max(map(len, targets)), "do_sample": False, "num_beams": 1}
+        kwargs: dict[str, Any] = {"max_new_tokens": max(map(len, targets)), "do_sample": False, "num_beams": 1}
         kwargs |= {"repetition_penalty": 1.0, "temperature": None, "top_p": None, "top_k": None}
         self._run(asks, rows, inputs, kwargs, (), LogitsProcessorList([forced]))
         tokens = inputs["attention_mask"].sum(1).tolist()

@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from rich.console import Console
@@ -271,7 +271,8 @@ class Work:
         from vlmfast.eval.lmms.model import Vlmfast, VlmfastSimple
 
         started, clock = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
-        costs, latency, metrics, records = Costs(engine.model.config, from_spec(spec)), {}, {}, []
+        costs, latency = Costs(engine.model.config, from_spec(spec)), dict[str, Any]()
+        metrics, records = dict[str, dict[str, Metric]](), list[dict[str, Any]]()
         baseline = {} if spec == UNPATCHED else _values(self.answers(UNPATCHED).read())
         options = argparse.Namespace(
             output_path=str(self.out), process_with_media=False, reasoning_tags=REASONING, agentic_trace_mode="basic"
@@ -445,8 +446,8 @@ def _replicates(aggregate: Callable[..., Any], values: Sequence[Any], draws: np.
     if plain:
         return draws @ np.asarray(values, dtype=np.float64) / len(values)
     numbers = np.arange(len(values))
-    counts = draws.astype(int)
-    return np.array([_aggregated(aggregate, [values[i] for i in np.repeat(numbers, times)]) for times in counts])
+    drawn = (np.repeat(numbers, times).tolist() for times in draws.astype(int))
+    return np.array([_aggregated(aggregate, [values[i] for i in some]) for some in drawn])
 
 
 def _aggregated(aggregate: Callable[..., Any], values: Sequence[Any]) -> float:
@@ -469,7 +470,7 @@ def _values(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]
     return {record["id"]: record["values"] for record in records}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
 
 

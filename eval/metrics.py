@@ -125,10 +125,11 @@ def retention(
     (images,) = {len(c.values) for c in counts.values()}
     shares = []
     for weights in (np.ones((1, images)), draw(images, seed)):
-        parts = [
-            ratio(*(summarise[task](source[task].totals(weights))[headline[task]] for source in (counts, baseline)))
-            for task in counts
-        ]
+        own, before = (
+            [summarise[task](source[task].totals(weights))[headline[task]] for task in counts]
+            for source in (counts, baseline)
+        )
+        parts = [ratio(part, whole) for part, whole in zip(own, before)]
         shares.append(np.mean(parts, axis=0))
     if np.isnan(shares[0][0]):
         return None

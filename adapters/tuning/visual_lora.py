@@ -132,7 +132,9 @@ class VisualLoraModel(Tuner):
         inside = dict(layer.named_modules())
         return [place for place in self.places if place in inside] or self.places
 
-    def wrap(self, config: Any, target: nn.Module, number: int | None, here: Here | None, key: str) -> TunerLayer:
+    def wrap(
+        self, config: Any, target: nn.Module, number: int | None, here: Here | None, key: str
+    ) -> TunerLayer | None:
         """ValueError for what is no projection."""
         if not hasattr(target, "in_features") or not hasattr(target, "out_features"):
             raise ValueError(f"{key}: visual_lora wraps linear layers, {type(target).__name__} is none")

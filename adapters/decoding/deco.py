@@ -48,7 +48,7 @@ def correct(logits: Tensor, early: Tensor, likely: Tensor, alpha: float) -> Tens
 
     logits: [B, V]; early: [n, B, V]; likely: bool [B, V] -> [B, V]
     """
-    sure = early.softmax(-1).masked_fill(~likely, -1.0).amax(-1)  # [n, B]
+    sure = early.softmax(-1).masked_fill_(~likely, -1.0).amax(-1)  # [n, B]
     most, layer = sure.max(0)
     surest = early[layer, torch.arange(len(layer), device=layer.device)]
     return (logits + alpha * most[:, None] * surest).masked_fill(~likely, -torch.inf)

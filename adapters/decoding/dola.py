@@ -42,9 +42,11 @@ def divergences(logits: Tensor, premature: Tensor) -> Tensor:
     [B, V], [n, B, V] -> [n, B]
     """
     final, early = logits.log_softmax(-1)[None], premature.log_softmax(-1)
-    mean = 0.5 * (final.exp() + early.exp())
-    # Both divergences from the mean at once: sum mean (log mean - final) + mean (log mean - early).
-    return 0.5 * (mean * (2 * mean.clamp(min=NEVER).log() - final - early)).mean(-1)
+    mean = early.exp().add_(final.exp()).mul_(0.5)
+    # Both divergences from the mean at once, sum mean (log mean - final) + mean (log mean - early), in place: tensors
+    # of this size come from the system anew each time.
+    both = mean.clamp(min=NEVER).log_().mul_(2).sub_(final).sub_(early)
+    return 0.5 * both.mul_(mean).mean(-1)
 
 
 def contrast(logits: Tensor, premature: Tensor, relative_top: float) -> Tensor:

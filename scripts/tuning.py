@@ -77,8 +77,8 @@ WAYS = {
     "lofit": Way("lofit", 1e-2),  # the paper's: choose a tenth of the heads, then offsets for these
     "lofit-all": Way("lofit:component=both", 1e-2),  # scales and offsets of all heads, at once
     "pill": Way("pill:r=16", 3e-3),
-    "ademvl-augment": Way("ademvl:mode=augment,grids=8/4,gate=zero,beta=1.0", 3e-3),
-    "ademvl-replace": Way("ademvl:mode=replace,grids=12/6", 3e-3),
+    "ademvl-augment": Way("ademvl:mode=augment,grids=8/4,gate=zero", 1e-2),
+    "ademvl-replace": Way("ademvl:mode=replace,grids=12/6", 1e-2),
 }
 
 

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 SOURCES := vlmfast adapters eval scripts tests
 
-.PHONY: eval compare attention decoding tuning test format check typecheck bench
+.PHONY: eval compare attention decoding fusion tuning test format check typecheck bench
 
 # The main job: the shipped models under every method and budget, then table, picture and page. Options through ARGS,
 # for example `make eval ARGS="--limit 20 --out results/quick"`.
@@ -35,6 +35,14 @@ decoding: $(VENV)/installed
 		--out results/decoding $(ARGS)
 	$(BIN)/vlmfast eval --method opera --beams 5 --task existence --task caption --task digits \
 		--out results/decoding-beams $(ARGS)
+
+# Composite attention: which layers bear it, then accuracy against cost from the last layers on.
+FUSION := eemllm:layers=4: eemllm:layers=4:,visual_update=none eemllm:layers=2: eemllm:layers=2:,visual_update=none \
+	eemllm eemllm:visual_update=none
+fusion: $(VENV)/installed
+	$(BIN)/vlmfast rank-layers --model testbed:llava --limit 20 --out results/fusion/llava-self.json
+	$(BIN)/vlmfast rank-layers --model testbed:qwen2_5_vl --limit 20 --out results/fusion/qwen2_5_vl-self.json
+	$(BIN)/vlmfast eval $(FUSION:%=--method %) --out results/fusion $(ARGS)
 
 # What fine-tuning teaches, what is forgotten, and what it costs: every tuner on the testbed's new skill, one table.
 # For the other model: make tuning ARGS="--model testbed:qwen2_5_vl".

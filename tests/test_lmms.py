@@ -405,6 +405,13 @@ def test_what_does_not_go_with_their_tasks(options, says, capsys, tmp_path):
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
+def test_their_tasks_are_listed_and_not_taken_for_ours():
+    from vlmfast.eval.tasks import choose
+
+    with pytest.raises(ValueError, match="lmms:pope: lmms-eval's tasks are for vlmfast eval alone"):
+        choose(["lmms:pope"])
+
+
 def test_the_entry_point_names_what_is_there():
     text = (ROOT / "pyproject.toml").read_text()
     assert '[project.entry-points."lmms_eval.models"]\nvlmfast = "vlmfast.eval.lmms:manifest"' in text

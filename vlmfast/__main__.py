@@ -264,6 +264,7 @@ examples:
   vlmfast eval --model testbed:llava --method random --method fastv --flops 0.6     (all at the same cost)
   vlmfast eval --model testbed:llava --adapter runs/lora --method none --method hiprune --keep 0.33
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method none --method hiprune --device cuda --dtype bfloat16
+  vlmfast eval --model llava-hf/llava-1.5-7b-hf --method hiprune:keep=0.33 --task lmms:pope --batch 8
   accelerate launch --num_processes 8 -m vlmfast eval --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --out shared
 """,
 )

@@ -49,6 +49,8 @@ def task(name: str) -> Task:
     kind, colon, _ = name.partition(":")
     if colon and kind in FILES:
         return FILES[kind](name)
+    if kind == "lmms":
+        raise ValueError(f"{name}: lmms-eval's tasks are for vlmfast eval alone, in a call of their own")
     known = [*TASKS, *NOVEL, *FILES]
     close = difflib.get_close_matches(kind, known, 1)
     hint = f", did you mean {close[0]}?" if close else "."

@@ -78,7 +78,7 @@ def _tasks() -> Table:
         table.add_row(name, task.HEADLINE, " ".join((task.__doc__ or "").split("\n\n")[0].split()))
     for usage, module, cls in ((USAGES["pope"], pope, pope.Pope), (USAGES["chair"], chair, chair.Chair)):
         table.add_row(usage, cls.HEADLINE, " ".join((module.__doc__ or "").split("\n\n")[0].split()))
-    table.add_row("lmms:NAME", "the task's first", "A task of lmms-eval, for vlmfast eval (pip install 'vlmfast[lmms]').")
+    table.add_row("lmms:NAME", "the task's first", "A task of lmms-eval (pip install 'vlmfast[lmms]').")
     return table
 
 

@@ -1,6 +1,7 @@
 """Our side of lmms-eval without lmms-eval: arguments, generation settings, the engine that answers its requests."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from vlmfast.eval.lmms.options import Options
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.tasks import TASKS, image
+from vlmfast.solving import cost_of
 
 MODELS = ["testbed:llava", "testbed:qwen2_5_vl"]
 SHORT = Options.of({"max_new_tokens": 4, "until": ["\n\n"]}, 64)
@@ -179,15 +181,16 @@ def ask(name, *content, options=SHORT, **more):
 
 
 def requests():
-    """One picture, two of other sizes, none; of various lengths."""
+    """One picture, two of other sizes, none, and one again; answered in another order: (4th, 2nd), (3rd, 1st)."""
     one, two, three = docs()
     wide = picture(two).resize((150, 90)).convert("L")
-    return [
+    asks = [
         ask("one", picture(one), one.prompt),
         ask("two", picture(two), wide, "look at the first picture : " + two.prompt),
         ask("none", "what colour is the cup ?"),
         ask("three", picture(three), three.prompt),
     ]
+    return [replace(one, length=length) for one, length in zip(asks, (0, 2, 1, 3))]
 
 
 @under(
@@ -208,7 +211,8 @@ def test_answers_are_those_of_a_plain_generate(engine, spec):
         plain.append(engine.tokenizer.decode(new, skip_special_tokens=True).strip())
         assert replies[len(plain) - 1].prompt_tokens == inputs["input_ids"].shape[1]
         assert replies[len(plain) - 1].tokens == len(new)
-    assert [reply.text for reply in replies] == plain and all(plain[i] for i in (0, 1, 3))
+    assert [reply.text for reply in replies] == plain
+    assert plain[3] != plain[1] and plain[2] != plain[0]  # the two of a batch
 
 
 def test_prompts_are_those_of_the_harness(engine):
@@ -276,12 +280,15 @@ def test_costs_are_those_of_the_report(engine, spec):
     cost, depth = engine.costs.summary(), engine.costs.depth
     engine.close()
     assert cost["prompts"] == 4
-    before, kept, layers, share = 0, 0.0, np.zeros(depth), []
+    before, kept, layers, share, plain = 0, 0.0, np.zeros(depth), [], []
     for request in requests():
         inputs = engine.inputs([engine._messages(request)])
         with vlmfast.patch(engine.model, "grid:keep=1.0") as handle, torch.no_grad():
             engine.model.generate(**inputs, max_new_tokens=1)
-            before += sum(one.n for one in handle.report().images) if "pixel_values" in inputs else 0
+            sizes = [one.size for one in handle.report().images] if "pixel_values" in inputs else []
+        before += sum(size.span for size in sizes)
+        text = inputs["input_ids"].shape[1] - sum(size.span for size in sizes)
+        plain.append(cost_of(engine.model.config, (), text, sizes).total_prefill)
         with vlmfast.patch(engine.model, spec) as handle, torch.no_grad():
             engine.model.generate(**inputs, max_new_tokens=1)
             report = handle.report()
@@ -297,7 +304,8 @@ def test_costs_are_those_of_the_report(engine, spec):
         assert cost["visual_tokens"] == kept / 4
         assert cost["visual_tokens_per_layer"] == pytest.approx(list(layers / 4))
         assert min(share) < cost["share_of_unpatched"] < 1  # a text costs what it does
-    assert cost["total_prefill"] > 0 and cost["decode"] > 0
+    assert cost["total_prefill"] == pytest.approx(cost["share_of_unpatched"] * sum(plain) / 4)
+    assert cost["decode"] > 0
 
 
 def test_times_of_the_first_request(engine):

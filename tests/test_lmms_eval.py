@@ -242,6 +242,9 @@ def test_an_interval_is_that_of_the_draws():
     assert fast.low == pytest.approx(called.low) and fast.difference_high == pytest.approx(called.difference_high)
     assert fast.low < 0.625 < fast.high and fast.difference == -0.375 and fast.difference_low < -0.375
 
+    paired = runner.resampled(0.625, values, values, mean, 3)
+    assert paired.difference_low == paired.difference == paired.difference_high == 0 < paired.high - paired.low
+
     def files(items, args):
         raise AssertionError("such an aggregation is called once, by lmms-eval")
 

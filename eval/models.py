@@ -160,9 +160,7 @@ def _check_base(name: str, folder: Path) -> None:
     if (folder / FINETUNED).is_file():
         run = json.loads((folder / FINETUNED).read_text(encoding="utf-8"))
         if run["model_hash"] != model_hash(model_folder(name)):
-            raise ValueError(
-                f"the adapter {folder} was trained on {run['model']}, not on the weights of {name}"
-            )
+            raise ValueError(f"the adapter {folder} was trained on {run['model']}, not on the weights of {name}")
 
 
 def _adapted(model: Any, name: str, folder: Path) -> Any:

@@ -161,7 +161,7 @@ def test_killed_again_and_again(folders: Path, tmp_path: Path) -> None:  # noqa:
         command = launched(folders, out) if chance.random() < 0.3 else alone(folders, out)
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
         try:
-            process.wait(timeout=chance.uniform(2.0, 14.0) if kills < 20 else None)
+            process.wait(timeout=chance.uniform(2.0, 9.0) if kills < 20 else None)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.wait()

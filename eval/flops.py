@@ -20,7 +20,9 @@ from transformers.utils import logging
 from vlmfast.adapter import ATTENTION
 from vlmfast.adapters import from_spec, to_spec
 from vlmfast.cost import CONVENTION, CONVENTIONS, Cost, kv_bytes, prefill_flops
+from vlmfast.decoders import decoder
 from vlmfast.eval import testbed
+from vlmfast.eval.report.text import MISSING
 from vlmfast.eval.results import write_atomic
 from vlmfast.families import family_of
 from vlmfast.families.base import did_you_mean
@@ -68,7 +70,8 @@ class Line:
     """One spec on one prompt.
 
     visual: mean visual tokens a decoder layer; share: of the unpatched FLOPs until the first token. conventions: of
-    the decoder over the prompt, by name. ttft_s, token_s: roofline, None without a device.
+    the decoder over the prompt, by name. None of them where tokens skip parts of layers.
+    ttft_s, token_s: roofline, None without a device.
     """
 
     spec: str
@@ -174,6 +177,7 @@ def lines(
             if images > 1 and beside:
                 raise NotImplementedError(f"{adapter.name} costs more than its prompt: it is counted for one image")
         per_picture, _ = apply(config, adapters, picture, text)
+        parts = any(adapter.visual_parts(decoder(config)) for adapter in adapters)
         layers = [images * held for held in per_picture]
         cost = cost_of(config, adapters, text, [picture] * images, layers, generated)
         lengths = [text + held for held in layers]
@@ -182,7 +186,7 @@ def lines(
             visual=sum(layers) / len(layers),
             cost=cost,
             share=cost.total_prefill / (found[0].cost.total_prefill if found else cost.total_prefill),
-            conventions={name: prefill_flops(config, lengths, name) for name in CONVENTIONS},
+            conventions={} if parts else {name: prefill_flops(config, lengths, name) for name in CONVENTIONS},
             kv_bytes=kv_bytes(config, lengths),
             **({} if device is None or weights is None else _times(cost, device, weights, generated)),
         )
@@ -241,7 +245,8 @@ def show(
         cost = line.cost
         numbers = (cost.tower, cost.projector, cost.selection, cost.prefill, cost.total_prefill)
         cells = [line.spec, f"{line.visual:.1f}", *(f"{one / 1e12:.3f}" for one in numbers), f"{line.share:.1%}"]
-        cells += [f"{one / 1e12:.3f}" for one in (cost.decode, line.conventions["F2m"], line.conventions["F3m"])]
+        papers = [line.conventions.get(name) for name in ("F2m", "F3m")]
+        cells += [MISSING if one is None else f"{one / 1e12:.3f}" for one in (cost.decode, *papers)]
         cells.append(f"{line.kv_bytes / 2**20:.1f}")
         if line.ttft_s is not None and line.token_s is not None:
             cells += [f"{1e3 * line.ttft_s:.2f}", f"{1e3 * line.token_s:.2f}"]

@@ -135,6 +135,14 @@ def test_heads_on_other_layers_cost_heads() -> None:
     assert dola.selection == 3 * head
 
 
+def test_skipped_parts_have_no_paper_convention() -> None:
+    config = flops.config_of("llava-1.5-7b")
+    plain, skipping = flops.lines(config, ["eemllm:visual_update=none"], picture_of(config))
+    assert set(plain.conventions) == {"X2", "F2m", "F3m"}
+    assert not skipping.conventions
+    assert skipping.share < 0.3
+
+
 def test_roofline() -> None:
     """Bound by compute while a prompt is read, by bandwidth while an answer is written."""
     config = flops.config_of("llava-1.5-7b")

@@ -94,6 +94,74 @@ def fresh() -> Any:
     return build
 
 
+# Long lists of parameters: of these tests the fast suite runs every second, third, ... combination, the slow one the
+# others. Together they take as much time as all that stands for itself.
+SAMPLED = {
+    "test_promises.py": {
+        "test_promise": 3,
+        "test_short_promises": 3,
+        "test_saved_and_loaded_back": 4,
+        "test_rows_of_a_batch": 3,
+        "test_generates_like_an_unpatched_model_given_the_shorter_prompt": 3,
+    },
+    "test_promises_attention.py": {"test_promise": 2, "test_short_promises": 2},
+    "test_solving.py": {
+        "test_every_method_reaches_its_share_or_warns": 3,
+        "test_torchs_counter_sees_the_share": 3,
+        "test_torchs_counter_sees_the_share_on_every_family": 3,
+    },
+    "test_kernels.py": {"test_a_few_of_the_grid": 3},
+    "test_decoders.py": {"test_decoder_equals_torchs_counter": 3},
+    "test_pairing.py": {
+        "test_the_same_as_two_forwards": 2,
+        "test_beside_other_methods": 2,
+        "test_windows_and_masks_of_all_forms": 2,
+    },
+    "test_decoding_agla.py": {"test_greedy_equals_plain_loops": 2},
+    "test_decoding_opera.py": {
+        "test_a_search_equals_plain_loops": 2,
+        "test_with_edited_attention": 2,
+        "test_sequences_end_as_in_transformers": 3,
+        "test_behind_a_window_that_has_moved_on": 2,
+        "test_processors_criteria_and_lengths": 2,
+    },
+    "test_decoding_steps.py": {"test_short_promises": 2, "test_beside_methods_that_edit_attention": 3},
+    "test_decoding_layers.py": {"test_the_first_token_equals_plain_loops": 2},
+    "test_video.py": {
+        "test_keeping_whole_videos_is_the_identity_and_unpatching_restores": 3,
+        "test_decoding_of_videos_beside_images_in_a_padded_batch": 3,
+    },
+    "test_families_others.py": {
+        "test_pruned_logits_are_those_of_a_prompt_cut_by_hand": 2,
+        "test_generation_goes_on_as_by_hand": 2,
+    },
+    "test_families_llava.py": {"test_rows_of_a_batch_are_as_alone": 3},
+    "test_attention_seal.py": {"test_seal_equals_a_plain_hook": 2},
+    "test_tasks_files.py": {"test_an_evaluation_over_files": 2},
+    "test_bench.py": {"test_the_reference_on_full_maps_is_the_same_method": 3},
+    "test_testbed.py": {"test_shipped_models_see": 2},
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is sampled. A test that is named here and not there any more is an error."""
+    seen: dict[tuple[str, str], int] = {}
+    for item in items:
+        every = SAMPLED.get(item.path.name, {}).get(getattr(item, "originalname", ""))
+        if every is None or item.get_closest_marker("slow") or item.get_closest_marker("gpu"):
+            continue
+        key = item.path.name, getattr(item, "originalname", "")
+        if seen.setdefault(key, 0) % every:
+            item.add_marker(pytest.mark.slow)
+        seen[key] += 1
+    whole = not any("::" in argument for argument in config.args)
+    files = {item.path.name for item in items if whole}
+    gone = [name for file in files & SAMPLED.keys() for name in SAMPLED[file] if (file, name) not in seen]
+    if gone:
+        raise pytest.UsageError(f"tests/conftest.py samples tests that there are not: {', '.join(gone)}")
+
+
 def pytest_collection_finish() -> None:
     """What was imported is never garbage: measuring code collects often, and would look through it each time."""
     gc.collect()

@@ -19,14 +19,15 @@ from transformers.utils import logging
 
 from vlmfast.adapter import ATTENTION
 from vlmfast.adapters import from_spec, to_spec
-from vlmfast.cost import CONVENTION, CONVENTIONS, Cost, kv_bytes, prefill_flops
-from vlmfast.decoders import decoder
+from vlmfast.cost import CONVENTION, CONVENTIONS, Cost, prefill_flops
 from vlmfast.eval import testbed
 from vlmfast.eval.report.text import MISSING
 from vlmfast.eval.results import write_atomic
+from vlmfast.eval.runner import expand
+from vlmfast.eval.sweep import UNPATCHED
 from vlmfast.families import family_of
 from vlmfast.families.base import did_you_mean
-from vlmfast.solving import apply, cost_of, picture_of, sizes_of, with_keep
+from vlmfast.solving import apply, cost_of, picture_of, sizes_of, visual_parts
 from vlmfast.towers import Picture
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -79,7 +80,6 @@ class Line:
     cost: Cost
     share: float
     conventions: dict[str, float]
-    kv_bytes: float
     ttft_s: float | None = None
     token_s: float | None = None
 
@@ -177,7 +177,7 @@ def lines(
             if images > 1 and beside:
                 raise NotImplementedError(f"{adapter.name} costs more than its prompt: it is counted for one image")
         per_picture, _ = apply(config, adapters, picture, text)
-        parts = any(adapter.visual_parts(decoder(config)) for adapter in adapters)
+        parts = visual_parts(config, adapters)
         layers = [images * held for held in per_picture]
         cost = cost_of(config, adapters, text, [picture] * images, layers, generated)
         lengths = [text + held for held in layers]
@@ -187,7 +187,6 @@ def lines(
             cost=cost,
             share=cost.total_prefill / (found[0].cost.total_prefill if found else cost.total_prefill),
             conventions={} if parts else {name: prefill_flops(config, lengths, name) for name in CONVENTIONS},
-            kv_bytes=kv_bytes(config, lengths),
             **({} if device is None or weights is None else _times(cost, device, weights, generated)),
         )
         found.append(line)
@@ -195,14 +194,9 @@ def lines(
 
 
 def _chosen(specs: Sequence[str], keeps: Sequence[float | int]) -> list[tuple[Any, ...]]:
-    chosen = []
-    for spec in specs:
-        adapters = from_spec(spec)
-        if spec == "none" or not adapters:
-            continue
-        open_keep = [one for one in adapters if "keep" in one.settings()] and "keep=" not in spec
-        chosen += [with_keep(adapters, keep) for keep in keeps] if open_keep and keeps else [adapters]
-    return chosen
+    """The methods of every run but the unpatched one; without `keeps` each has its own."""
+    runs = expand(specs, keeps) if keeps else [to_spec(from_spec(spec)) for spec in specs]
+    return [from_spec(run) for run in dict.fromkeys(runs) if run != UNPATCHED]
 
 
 def _times(cost: Cost, device: Device, weights: Weights, generated: int) -> dict[str, float]:
@@ -247,7 +241,7 @@ def show(
         cells = [line.spec, f"{line.visual:.1f}", *(f"{one / 1e12:.3f}" for one in numbers), f"{line.share:.1%}"]
         papers = [line.conventions.get(name) for name in ("F2m", "F3m")]
         cells += [MISSING if one is None else f"{one / 1e12:.3f}" for one in (cost.decode, *papers)]
-        cells.append(f"{line.kv_bytes / 2**20:.1f}")
+        cells.append(f"{cost.kv_bytes / 2**20:.1f}")
         if line.ttft_s is not None and line.token_s is not None:
             cells += [f"{1e3 * line.ttft_s:.2f}", f"{1e3 * line.token_s:.2f}"]
         table.add_row(*cells)

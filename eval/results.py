@@ -235,6 +235,10 @@ class Answers:
         """What was answered by any process, each question once or more; errors as in `read`."""
         return [record for one in (self, *self.parts()) for record in one.read()]
 
+    def size(self) -> int:
+        """Bytes that all processes have written: it grows with every answer."""
+        return sum(one.path.stat().st_size for one in (self, *self.parts()) if one.path.exists())
+
     def join(self, records: Iterable[dict[str, Any]]) -> None:
         """Begin the file anew with these answers; those of single processes go."""
         parts = self.parts()
@@ -325,6 +329,6 @@ def ready_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / "probe", "")
-        (path / "probe").unlink()
+        (path / "probe").unlink(missing_ok=True)  # several processes may look at once
     except OSError as error:
         raise OSError(error.errno, f"cannot write results to {path} ({error.strerror})") from None

@@ -16,10 +16,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from vlmfast.eval.results import Answers, locked
+from vlmfast.eval.results import Answers
 
 GRACE = 300.0  # seconds that a process may take to start, or be gone, before it is given up
 PAUSE = 0.2  # seconds between two looks at the others' answers
@@ -76,12 +75,12 @@ def joined(
     many answers have come. RuntimeError where a process that owes answers has not been at work for `GRACE` seconds.
     """
     missing_since: dict[int, float] = {}
-    count = -1
+    records: dict[str, dict[str, Any]] = {}
+    read = -1
     while True:
-        records = {record["id"]: record for record in answers.everybodys()}
-        if len(records) != count:
+        if (size := answers.size()) != read:  # read again only what has grown
+            records, read = {record["id"]: record for record in answers.everybodys()}, size
             seen(len(records.keys() & owed.keys()))
-            count = len(records)
         late = {owner for question, owner in owed.items() if question not in records}
         if not late:
             return records
@@ -95,8 +94,3 @@ def joined(
                     "run the same command again to go on from there"
                 )
         time.sleep(PAUSE)
-
-
-def watching(folder: Path, model: str) -> Callable[[int], bool]:
-    """A look at the processes' locks: rank -> whether it is at work."""
-    return lambda rank: locked(folder, model, rank)

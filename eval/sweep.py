@@ -30,8 +30,8 @@ from vlmfast.eval.metrics import Counts, retention
 from vlmfast.eval.metrics import measure as intervals
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts, Row
-from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, run_name, sole_writer, write_result
-from vlmfast.eval.sharing import Share, joined, watching
+from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, locked, run_name, sole_writer, write_result
+from vlmfast.eval.sharing import Share, joined
 from vlmfast.eval.tasks import Doc, choose, image
 from vlmfast.eval.tasks import task as task_named
 from vlmfast.solving import cost_of
@@ -201,7 +201,7 @@ class Sweep:
 
     def gather(self, answers: Answers, spec: str, notify: Notify, told: int) -> dict[str, dict[str, Any]]:
         """The answers of all processes, joined in one file. told: how many are known of already."""
-        share, alive = self.job.share, watching(self.job.out, self.job.model)
+        share, alive = self.job.share, partial(locked, self.job.out, self.job.model)
 
         def seen(count: int) -> None:
             nonlocal told

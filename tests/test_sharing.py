@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from test_eval import TASKS_HERE, answers, finished, folders, quick, run, same  # noqa: F401  fixtures among them
 
-from vlmfast.eval import sharing
+from vlmfast.encoding import encode_images
+from vlmfast.eval import sharing, sweep
 from vlmfast.eval.results import Answers, locked, sole_writer
 from vlmfast.eval.sharing import Share, joined, of_environment
 
@@ -42,6 +43,27 @@ def test_shared_equals_alone(
             assert all(stored) and len(stored) == 3 * (world - rank)
     same(paths, finished)
     assert not list(tmp_path.glob("*process*"))
+
+
+def test_a_process_encodes_what_it_asks_about(
+    folders: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Picture by picture here: those of its own batches alone."""
+    encoded: list[int] = []
+
+    def encode(model: Any, methods: Any, **inputs: Any) -> Any:
+        encoded[-1] += len(inputs["pixel_values"])
+        return encode_images(model, methods, **inputs)
+
+    monkeypatch.setattr(sweep, "ENCODE", 1)
+    monkeypatch.setattr(sweep, "encode_images", encode)
+    for rank in (2, 1):
+        encoded.append(0)
+        as_process(monkeypatch, rank, 3)
+        run(folders, tmp_path, tasks=["word"], limit=3, batch=1)
+    assert min(encoded) > 0 and max(encoded) < 3
 
 
 def test_the_first_process_waits_for_answers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,13 +43,17 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """One task of a run: `hash` of its prompts, answers and images; `n` questions on `images` images."""
+    """One task of a run: `hash` of its prompts, answers and images; `n` questions on `images` images.
+
+    better: 1 where more of the headline metric is better, -1 where less is.
+    """
 
     hash: str
     n: int
     images: int
     headline: str
     metrics: dict[str, Metric]
+    better: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class Result:
 
     beams: `num_beams` of the unpatched run, and of every method that does not need more (`latency` has a run's own).
     retention: mean over the tasks of what is left of the unpatched model's headline metric; None for that model.
+    matched: the share of the unpatched prefill FLOPs that `keep` was solved for, None where it was given.
     attention: where attention goes, before and after (see `vlmfast.eval.attention.measure`), of specs that edit it.
     """
 
@@ -83,6 +88,7 @@ class Result:
     attention: dict[str, Any] | None = None
     beams: int = 1
     retention: Metric | None = None
+    matched: float | None = None
     schema: int = SCHEMA
     complete: bool = True
 
@@ -176,6 +182,13 @@ def read_result(path: Path) -> Result:
 def write_result(path: Path, result: Result) -> None:
     """Store a finished run atomically."""
     write_atomic(path, json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+
+
+def tell_matched(path: Path, share: float) -> None:
+    """Note in a complete result for which share its keep was solved: another call may have made it by its spec."""
+    result = read_result(path)
+    if result.matched != share:
+        write_result(path, dataclasses.replace(result, matched=share))
 
 
 def load_results(folders: str | Path | Sequence[str | Path]) -> list[Result]:

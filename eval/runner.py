@@ -18,16 +18,15 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from vlmfast.adapters import from_spec, to_spec
-from vlmfast.eval.matching import expand_flops, leaves_keep_open, named
+from vlmfast.adapters import from_spec
 from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, split_adapter, weight_files
+from vlmfast.eval.planning import check_goal, plan, usual_prompt
 from vlmfast.eval.progress import Bars
-from vlmfast.eval.results import check_identity, read_result, ready_folder
+from vlmfast.eval.results import check_identity, read_result, ready_folder, tell_matched
 from vlmfast.eval.sharing import of_environment
-from vlmfast.eval.sweep import UNPATCHED, Job, sweep
+from vlmfast.eval.sweep import Job, sweep
 from vlmfast.eval.tasks import choose, task_hash
 from vlmfast.families import family_of
-from vlmfast.visual import check_keep
 
 SMALL = 500_000_000  # bytes of weights up to which models are evaluated side by side on a CPU
 
@@ -40,6 +39,7 @@ def evaluate(
     out: str | Path,
     *,
     flops: Sequence[float] = (),
+    match: str | None = None,
     limit: int | None = None,
     seed: int = 0,
     batch: int = 64,
@@ -60,6 +60,8 @@ def evaluate(
     keeps: shares in (0, 1] as floats, or numbers of visual tokens as ints.
     flops: shares of the unpatched prefill FLOPs instead of `keeps`: `keep` is solved for each model and method, so
         that all runs of a share cost the same.
+    match: "flops": each of `keeps` stands for the share of the prefill FLOPs that pruning so much costs by itself, and
+        the `keep` of every method is solved for that share.
     tasks: names of offline tasks; None for all.
     out: folder of the results. Complete runs found there are kept, interrupted ones go on where they stopped.
     limit: images per task; None takes the tasks' defaults.
@@ -99,20 +101,19 @@ def evaluate(
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if not models:
         raise ValueError("no model given")
+    check_goal(match)
     chosen = choose(tasks)
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
     documents = {name: task.load(limit, seed) for name, task in chosen.items()}
-    runs: dict[str, tuple[str, ...]] = {}
+    plans = {}
     for name, folder in folders.items():
-        asked = named(specs, family_of(AutoConfig.from_pretrained(folder)).name)
-        if not flops:
-            runs[name] = expand(list(asked), keeps)
-            continue
-        runs[name], notes = expand_flops(asked, flops, folder, chosen, documents)
-        for note in notes:
+        config = AutoConfig.from_pretrained(folder)
+        usual = partial(usual_prompt, config, folder, chosen, documents)
+        plans[name] = plan(config, specs, keeps, flops, match, usual)
+        for note in plans[name].notes:
             print(f"{name}: {note}", file=sys.stderr)
     for name, folder in folders.items():
-        check_specs(name, folder, runs[name])
+        check_specs(name, folder, plans[name].runs)
     ready_folder(Path(out))
 
     hashes = {name: task_hash(task, documents[name]) for name, task in chosen.items()}
@@ -131,7 +132,13 @@ def evaluate(
         "command": shlex.join(sys.argv),
     }
     jobs = [
-        Job(model=name, model_hash=model_hash(folder, split_adapter(name)[1]), specs=runs[name], **common)
+        Job(
+            model=name,
+            model_hash=model_hash(folder, split_adapter(name)[1]),
+            specs=tuple(plans[name].runs),
+            matched=plans[name].matched,
+            **common,
+        )
         for name, folder in folders.items()
     ]
     pending = [owed for owed in map(outstanding, jobs) if owed.specs]
@@ -142,33 +149,11 @@ def evaluate(
         else:
             for job in pending:
                 sweep(job, partial(bars.update, job.model))
-    return [job.path(spec) for job in jobs for spec in runs[job.model]]
-
-
-def expand(specs: Sequence[str], keeps: Sequence[float | int]) -> tuple[str, ...]:
-    """All runs: "none", then every spec in its canonical form, crossed with `keeps` where it leaves `keep` open.
-
-    ValueError or TypeError for a misspelt spec or a keep that cannot be.
-    """
-    for keep in keeps:
-        check_keep(keep)
-    runs = [UNPATCHED]
-    for spec in specs:
-        parts = spec.split("+")
-        open_keep = [i for i, part in enumerate(parts) if leaves_keep_open(part)]
-        if open_keep and not keeps:
-            raise ValueError(
-                f"{spec!r} needs a keep: give a list of them, or name it as in {parts[open_keep[0]]}:keep=0.5"
-            )
-        if not open_keep:
-            runs.append(to_spec(from_spec(spec)))
-            continue
-        for keep in keeps:
-            filled = list(parts)
-            for i in open_keep:
-                filled[i] += f"{',' if ':' in parts[i] else ':'}keep={keep!r}"
-            runs.append(to_spec(from_spec("+".join(filled))))
-    return tuple(dict.fromkeys(runs))
+    if share.first:
+        for job in jobs:
+            for spec, goal in job.matched.items():
+                tell_matched(job.path(spec), goal)
+    return [job.path(spec) for job in jobs for spec in job.specs]
 
 
 def check_specs(model: str, folder: Path, specs: Sequence[str]) -> None:

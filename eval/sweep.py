@@ -8,7 +8,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ class Job:
     command: str
     beams: int = 1  # `num_beams` of every run, but for methods that need more than greedy search
     share: Share = Share()  # which batches are this process's
+    matched: dict[str, float] = field(default_factory=dict)  # spec -> share of the FLOPs that its keep was solved for
 
     def identity(self, spec: str) -> dict[str, Any]:
         """What the files of one run must agree on (see `vlmfast.eval.results`)."""
@@ -328,6 +329,7 @@ class Sweep:
             spec=spec,
             method=method,
             keep=keep,
+            matched=job.matched.get(spec),
             limit=job.limit,
             seed=job.seed,
             batch=job.batch,

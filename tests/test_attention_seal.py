@@ -22,7 +22,7 @@ import vlmfast
 from vlmfast import steering
 from vlmfast.adapters import ADAPTERS, support
 from vlmfast.adapters.attention.seal import SEAL
-from vlmfast.eval.matching import named
+from vlmfast.eval.planning import named
 from vlmfast.families import FAMILIES
 from vlmfast.steering import SteeringVector, extract, kind_of
 

@@ -120,7 +120,7 @@ class TestHelp:
 
     @pytest.mark.parametrize("command", cli.app.registered_commands, ids=lambda command: command.callback.__name__)
     def test_about_a_dozen_options(self, command):
-        assert command.callback.__code__.co_argcount <= 14
+        assert command.callback.__code__.co_argcount <= 16
 
     def test_version(self):
         result = call("--version")
@@ -287,14 +287,14 @@ class TestEval:
 
     def test_options_arrive(self, asked, tmp_path):
         words = "--method grid --method hiprune:alpha=0.2 --keep 0.5,64 --task word --task count"
-        words += " --limit 7 --seed 3 --batch 5 --beams 4"
+        words += " --limit 7 --seed 3 --batch 5 --beams 4 --match flops"
         assert call("eval", *words.split(), "--workers", 1, "--device", "cpu", "--out", tmp_path).exit_code == 0
         (_, specs, keeps, tasks, out), settings = asked[0]
         assert specs == ["grid", "hiprune:alpha=0.2"]
         assert keeps == [0.5, 64] and [type(keep) for keep in keeps] == [float, int]
         assert tasks == ["word", "count"] and out == tmp_path
         expected = {"limit": 7, "seed": 3, "batch": 5, "workers": 1, "device": "cpu", "dtype": "float32"}
-        assert settings == expected | {"flops": [], "beams": 4}
+        assert settings == expected | {"flops": [], "match": "flops", "beams": 4}
 
     def test_equal_flops(self, asked):
         assert call("eval", "--method", "all", "--flops", "0.6,0.5").exit_code == 0

@@ -24,8 +24,8 @@ from vlmfast import matching
 from vlmfast.adapters import from_spec, support, to_spec
 from vlmfast.adapters.decoding.agla import AGLA, Reader, image_of, patches_of, question_of
 from vlmfast.adapters.pruning.base import Pruner
-from vlmfast.eval.matching import named
 from vlmfast.eval.models import load_model
+from vlmfast.eval.planning import named
 from vlmfast.matching import Matcher, caption, gradcam, kept_pixels, share, smooth
 from vlmfast.solving import cost_of, nominal
 

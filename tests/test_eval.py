@@ -20,11 +20,11 @@ from transformers import AutoConfig, GPT2Config
 import vlmfast
 from vlmfast.adapters import from_spec
 from vlmfast.eval import runner, sweep
-from vlmfast.eval.matching import expand_flops, named, usual_prompt
 from vlmfast.eval.models import load_model, model_folder, model_hash
+from vlmfast.eval.planning import expand, named, plan, usual_prompt
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import Answers, load_results, read_result
-from vlmfast.eval.runner import evaluate, expand
+from vlmfast.eval.runner import evaluate
 from vlmfast.eval.tasks import TASKS, choose, image
 from vlmfast.eval.testbed import folder as shipped
 from vlmfast.eval.testbed.build import new_model, new_processor
@@ -446,26 +446,63 @@ def test_a_process_that_dies_is_told(folders, tmp_path):
 # --- wrong arguments ----------------------------------------------------------------------------------------------
 
 
-def test_runs_at_equal_flops():
+@pytest.fixture(scope="module")
+def usual():
+    """The testbed's config and usual prompt: config, text tokens, picture."""
+    folder, tasks = shipped("llava"), choose(["colour"])
+    config = AutoConfig.from_pretrained(folder)
+    return config, *usual_prompt(config, folder, tasks, {"colour": tasks["colour"].load(5, 0)})
+
+
+def test_runs_at_equal_flops(usual):
     """The keeps differ, the cost of the testbed's usual prompt does not; a spec with a keep of its own stays."""
-    folder = shipped("llava")
-    tasks = choose(["colour"])
-    documents = {"colour": tasks["colour"].load(5, 0)}
-    specs = ["none", "random", "fastv", "hiprune:keep=7"]
-    (none, random, fastv, own), notes = expand_flops(named(specs, "llava"), [0.6], folder, tasks, documents)
-    assert not notes
+    config, text, picture = usual
+    assert picture.tokens == 144 and 5 < text < 60
+    found = plan(config, ["none", "random", "fastv", "hiprune:keep=7"], [], [0.6], None, lambda: (text, picture))
+    none, random, fastv, own = found.runs
+    assert not found.notes
     assert (none, own) == ("none", "hiprune:keep=7")
+    assert found.matched == {random: 0.6, fastv: 0.6}
     keeps = [from_spec(spec)[0].keep for spec in (random, fastv)]
     assert keeps[1] < keeps[0] < 100, "FastV pays for the layers before its cut"
-    text, picture = usual_prompt(folder, tasks, documents)
-    assert picture.tokens == 144 and 5 < text < 60
-    config = AutoConfig.from_pretrained(folder)
     for spec in (random, fastv):
         assert abs(share_of(config, from_spec(spec), picture, text) - 0.6) < 0.006
+    shares = plan(config, ["random"], [], [0.6], None, lambda: (text, picture), counted=False)
+    assert 0 < from_spec(shares.runs[1])[0].keep < 1, "a share of pictures of any size"
     with pytest.raises(ValueError, match="random: a share of 0.01"):
-        expand_flops(named(["random"], "llava"), [0.01], folder, tasks, documents)
-    runs, notes = expand_flops(named(["all"], "llava"), [0.01], folder, tasks, documents)
-    assert runs == ("none",) and len(notes) == len(named(["all"], "llava"))
+        plan(config, ["random"], [], [0.01], None, lambda: (text, picture))
+    nothing = plan(config, ["all"], [], [0.01], None, lambda: (text, picture))
+    assert nothing.runs == ["none"] and len(nothing.notes) == len(named(["all"], "llava"))
+
+
+def test_keeps_matched_by_flops(usual):
+    """A keep stands for what random pruning costs at it: random keeps that, a method that computes more keeps less."""
+    config, text, picture = usual
+    found = plan(config, ["random", "hiprune"], [1.0, 0.5, 0.25], [], "flops", lambda: (text, picture))
+    none, *random, half, quarter = found.runs
+    assert random == ["random:keep=72", "random:keep=36"]
+    keeps = [from_spec(spec)[0].keep for spec in (half, quarter)]
+    assert keeps[0] < 72 and keeps[1] < 36
+    targets = [share_of(config, from_spec(f"random:keep={keep}"), picture, text) for keep in (0.5, 0.25)]
+    assert [found.matched[spec] for spec in (*random, half, quarter)] == targets * 2
+    for spec, target in found.matched.items():
+        assert share_of(config, from_spec(spec), picture, text) == pytest.approx(target, rel=0.01)
+    assert len(found.notes) == 1 and "keep 1.0 drops no token" in found.notes[0]
+    with pytest.raises(ValueError, match="no keep that drops tokens"):
+        plan(config, ["random"], [1.0], [], "flops", lambda: (text, picture))
+    with pytest.raises(ValueError, match="cannot be matched by 'flop'; there is flops"):
+        plan(config, ["random"], [0.5], [], "flop", lambda: (text, picture))
+
+
+def test_matched_runs_say_so(folders, tmp_path):
+    """Also a run that another call made, by its spec: it is not made again, but learns what it stands for."""
+    (_, plain) = run(folders, tmp_path, specs=["random:keep=72"], tasks=["existence"])
+    before = plain.read_text()
+    assert read_result(plain).matched is None
+    (_, matched) = run(folders, tmp_path, keeps=[0.5], match="flops", tasks=["existence"])
+    assert matched == plain and 0.3 < read_result(plain).matched < 1
+    told = f'"matched": {read_result(plain).matched!r}'
+    assert plain.read_text().replace(told, '"matched": null') == before
 
 
 def test_all_stands_for_every_method_with_what_it_needs():

@@ -401,7 +401,6 @@ def test_one_line_says_what_to_install(monkeypatch, capsys, tmp_path):
     [
         (["--task", "colour"], "colour: lmms-eval's tasks have a call of their own"),
         (["--beams", "2"], "--beams does not go with lmms-eval's tasks"),
-        (["--flops", "0.5"], "--flops does not go with lmms-eval's tasks"),
         (["--workers", "2"], "--workers does not go with lmms-eval's tasks"),
     ],
 )

@@ -23,7 +23,8 @@ from vlmfast.eval.testbed import folder as shipped
 if importlib.util.find_spec("lmms_eval") is None:
     pytest.skip("lmms-eval is not installed", allow_module_level=True)
 
-from vlmfast.eval.lmms import runner
+from vlmfast.eval.lmms import runner, scores
+from vlmfast.eval.lmms import tasks as tasks_of
 
 LLAVA = "testbed:llava"
 COLOURS = ["red", "blue", "white", "purple", "orange", "green", "pink", "yellow", "brown", "black", "grey"]
@@ -236,20 +237,20 @@ def test_an_interval_is_that_of_the_draws():
         return sum(items) / len(items)
 
     fast, called = (
-        runner.resampled(0.625, values, before, mean, 3),
-        runner.resampled(0.625, values, before, slow_name, 3),
+        scores.resampled(0.625, values, before, mean, 3),
+        scores.resampled(0.625, values, before, slow_name, 3),
     )
     assert fast.low == pytest.approx(called.low) and fast.difference_high == pytest.approx(called.difference_high)
     assert fast.low < 0.625 < fast.high and fast.difference == -0.375 and fast.difference_low < -0.375
 
-    paired = runner.resampled(0.625, values, values, mean, 3)
+    paired = scores.resampled(0.625, values, values, mean, 3)
     assert paired.difference_low == paired.difference == paired.difference_high == 0 < paired.high - paired.low
 
     def files(items, args):
         raise AssertionError("such an aggregation is called once, by lmms-eval")
 
     for aggregate, number in ((files, 0.5), (mean, 0.5)):  # the second is not what lmms-eval reports
-        point = runner.resampled(number, values, before, aggregate, 3)
+        point = scores.resampled(number, values, before, aggregate, 3)
         assert point.low == point.high == 0.5 and point.difference is None
 
 
@@ -284,16 +285,16 @@ def test_another_run_is_not_taken_for_this_one(finished, tasks):
 
 def test_a_changed_task_is_another_task(tasks, tmp_path):
     path = tasks / "utils.py"
-    (first,) = runner.choose([("v_colour", {"include": str(tasks)})], None)
-    runner._indexed.cache_clear()
+    (first,) = tasks_of.choose([("v_colour", {"include": str(tasks)})], None)
+    tasks_of.indexed.cache_clear()
     text = path.read_text()
     try:
         path.write_text(text.replace('[doc["image"].convert("RGB")]', '[doc["image"].convert("L").convert("RGB")]'))
-        (second,) = runner.choose([("v_colour", {"include": str(tasks)})], None)
+        (second,) = tasks_of.choose([("v_colour", {"include": str(tasks)})], None)
     finally:
         path.write_text(text)
-        runner._indexed.cache_clear()
-    (third,) = runner.choose([("v_colour", {"include": str(tasks)})], None)
+        tasks_of.indexed.cache_clear()
+    (third,) = tasks_of.choose([("v_colour", {"include": str(tasks)})], None)
     assert first.hash == third.hash != second.hash
 
 
@@ -337,10 +338,25 @@ def test_an_error_of_the_model_names_the_document(tasks, tmp_path, monkeypatch):
         evaluate(tasks, tmp_path, ["v_colour"])
 
 
-def test_an_unknown_task_is_told(tasks, tmp_path, monkeypatch):
-    real = runner._indexed
+def test_runs_at_equal_flops(tasks, tmp_path, capsys):
+    """Both methods at the cost of pruning to a half; the results tell it, and what their documents really cost."""
+    paths = runner.evaluate(
+        [LLAVA], ["random", "hiprune"], [0.5], named(tasks, "v_colour"), tmp_path, batch=2, match="flops"
+    )
+    none, random, hiprune = map(read_result, paths)
+    assert none.matched is None and random.matched == hiprune.matched
+    assert hiprune.keep < random.keep == pytest.approx(0.5, abs=0.01)
+    shares = [one.cost["share_of_unpatched"] for one in (random, hiprune)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.01)
+    assert "keep is solved for 60 text tokens" in capsys.readouterr().err
 
-    monkeypatch.setattr(runner, "_indexed", lambda folder, defaults: real(folder, False))  # the whole index takes long
+
+def test_an_unknown_task_is_told(tasks, tmp_path, monkeypatch):
+    real = tasks_of.indexed
+
+    monkeypatch.setattr(
+        tasks_of, "indexed", lambda folder, defaults: real(folder, False)
+    )  # the whole index takes long
     with pytest.raises(ValueError, match="no task 'v_color'.*did you mean v_colour"):
         evaluate(tasks, tmp_path, ["v_color"])
     with pytest.raises(FileNotFoundError, match="no folder of tasks"):

@@ -16,7 +16,7 @@ import vlmfast
 from vlmfast.adapters import ADAPTERS, from_spec
 from vlmfast.cost import nominal_grid, prompt_cost, visual_tokens
 from vlmfast.encoding import encode_images, encoder_outputs
-from vlmfast.eval.matching import named
+from vlmfast.eval.planning import named
 from vlmfast.families import family_of
 
 METHOD = "hiprune:keep=0.4"

@@ -261,7 +261,8 @@ examples:
   vlmfast eval
   vlmfast eval --limit 10 --out /tmp/quick
   vlmfast eval --model testbed:llava --method random --method hiprune --keep 0.5,0.25,16 --task colour --task count
-  vlmfast eval --model testbed:llava --method random --method fastv --flops 0.6     (all at the same cost)
+  vlmfast eval --method all --keep 0.33 --match flops             (all at the cost of a third of the tokens)
+  vlmfast eval --model testbed:llava --method random --method fastv --flops 0.6     (all at 60 % of the FLOPs)
   vlmfast eval --model testbed:llava --adapter runs/lora --method none --method hiprune --keep 0.33
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method none --method hiprune --device cuda --dtype bfloat16
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method hiprune:keep=0.33 --task lmms:pope --batch 8
@@ -278,6 +279,10 @@ def evaluate(
     flops: Annotated[
         str | None,
         typer.Option(metavar="LIST", help="Instead of --keep: shares of the unpatched prefill FLOPs, keep is solved."),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(metavar="flops", help="Every --keep as the cost of random pruning; keep is solved to match it."),
     ] = None,
     task: Tasks = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results; what is done stays.")] = Path(
@@ -309,7 +314,7 @@ def evaluate(
         raise ValueError("--adapter goes with one --model, the one that it was trained on")
     names = [with_adapter(name, adapter) for name in model]
     settings: dict[str, Any] = {"limit": limit, "seed": seed, "batch": batch, "workers": workers, "dtype": dtype}
-    settings |= {"flops": shares, "beams": beams}
+    settings |= {"flops": shares, "match": match, "beams": beams}
     if any(name.startswith("lmms:") for name in task or ()):
         from vlmfast.eval.lmms import runner as lmms
 

@@ -1,11 +1,8 @@
 """`vlmfast eval --task lmms:NAME`: lmms-eval's tasks, scored by lmms-eval, on our models under our methods.
 
 One result a run in the format of every other (`vlmfast.eval.results`), answers beside it. Written `lmms:NAME` or, for
-tasks of one's own, `lmms:NAME,include=FOLDER` with a folder of lmms-eval's YAML files; NAME may be a group.
-
-Metrics are lmms-eval's numbers as they are, in its units. Intervals: documents drawn with replacement, paired with the
-unpatched run's, and scored by the task's own aggregation; where that cannot be repeated (it writes files, or takes too
-long) low and high are the value itself and there is no interval of the difference.
+tasks of one's own, `lmms:NAME,include=FOLDER` with a folder of lmms-eval's YAML files; NAME may be a group. Metrics
+are lmms-eval's numbers as they are, in its units.
 
 lmms-eval runs a task as a whole: finished runs are kept, an interrupted one begins anew. `accelerate launch -m vlmfast
 eval` shares the documents among processes as lmms-eval does.
@@ -15,36 +12,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
-import hashlib
-import inspect
-import io
-import json
 import os
-import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig
 
 from vlmfast.adapters import from_spec
 from vlmfast.eval.environment import describe
 from vlmfast.eval.lmms.arguments import Arguments
 from vlmfast.eval.lmms.costs import Costs
 from vlmfast.eval.lmms.engine import Engine
-from vlmfast.eval.matching import named
-from vlmfast.eval.metrics import DRAWS, draw, interval
+from vlmfast.eval.lmms.scores import measure, records_of, values_of
+from vlmfast.eval.lmms.tasks import PREFIX, Chosen, choose, indexed, quiet, reason
 from vlmfast.eval.models import check_device, model_folder, model_hash, split_adapter
+from vlmfast.eval.planning import plan
 from vlmfast.eval.report import text
 from vlmfast.eval.report.table import WIDEST
 from vlmfast.eval.results import (
@@ -58,36 +50,19 @@ from vlmfast.eval.results import (
     ready_folder,
     run_name,
     sole_writer,
+    tell_matched,
     write_result,
 )
-from vlmfast.eval.runner import check_specs, expand
+from vlmfast.eval.runner import check_specs
 from vlmfast.eval.sweep import REPEATS, UNPATCHED, describe_spec
-from vlmfast.eval.tasks.files import existing, settings_of
-from vlmfast.families import did_you_mean, family_of
+from vlmfast.eval.tasks.files import settings_of
+from vlmfast.solving import NOMINAL_TEXT, nominal
+from vlmfast.towers import Picture
 
-PREFIX = "lmms:"
 USAGE = "lmms:NAME,include=FOLDER"
 REASONING = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'  # lmms-eval's own default
-CHOICE = ("multiple_choice", "loglikelihood")  # kinds of tasks that lmms-eval builds for simple models alone
-PATIENCE = 2.0  # seconds for the resamples of one metric
 FEW = 2  # tasks in a table up to which differences are printed
 DIFFERS = "*"
-FEWEST = 200  # resamples that make an interval
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A task of lmms-eval, ready. hash: of its configuration, functions and documents. n: documents that are asked."""
-
-    name: str
-    task: Any
-    hash: str
-    n: int
-
-    @property
-    def simple(self) -> bool:
-        """Whether it is of the kind that goes through the simple model."""
-        return self.task.OUTPUT_TYPE in CHOICE
 
 
 def evaluate(
@@ -102,10 +77,13 @@ def evaluate(
     batch: int = 1,
     device: str = "cpu",
     dtype: str = "float32",
+    flops: Sequence[float] = (),
+    match: str | None = None,
 ) -> list[Path]:
     """Score models under specs on lmms-eval's tasks, one JSON a run, and return the files.
 
-    Arguments as of `vlmfast.eval.runner.evaluate`. limit: documents of each task. tasks: see the module.
+    Arguments as of `vlmfast.eval.runner.evaluate`. limit: documents of each task. tasks: see the module. flops, match:
+    keeps are solved as shares, for an image of the family's usual size; the results tell what the documents cost.
 
     Raises ModuleNotFoundError without lmms-eval, ImportError for a task that needs a package which is not there,
     ValueError for an unknown task, RuntimeError for a task that lmms-eval could not finish: no score is made up.
@@ -118,12 +96,20 @@ def evaluate(
     check_device(device)
     names = [settings_of(name, {"include": ""}, USAGE) for name in tasks]
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
-    from transformers import AutoConfig
-
-    runs = {}
+    plans = {}
     for name, folder in folders.items():
-        runs[name] = expand(list(named(specs, family_of(AutoConfig.from_pretrained(folder)).name)), keeps)
-        check_specs(name, folder, runs[name])
+        config = AutoConfig.from_pretrained(folder)
+        usual = partial(usual_prompt, config)
+        plans[name] = plan(config, specs, keeps, flops, match, usual, counted=False)
+        notes = plans[name].notes
+        if plans[name].matched:
+            text_tokens, picture = usual()
+            grid = "x".join(map(str, picture.patches))
+            about = f"keep is solved for {text_tokens} text tokens and an image of {grid} patches"
+            notes = [f"{about}; the results tell what the documents really cost", *notes]
+        for note in notes:
+            print(f"{name}: {note}", file=sys.stderr)
+        check_specs(name, folder, plans[name].runs)
     ready_folder(Path(out))
     with quiet():
         chosen = choose(names, limit)
@@ -140,12 +126,20 @@ def evaluate(
             "beams": 1,
             "tasks": {PREFIX + one.name: one.hash for one in chosen},
         }
-        work = Work(name, Path(out), identity, chosen)
-        paths += [work.path(spec) for spec in runs[name]]
+        work = Work(name, Path(out), identity, chosen, plans[name].matched)
+        paths += [work.path(spec) for spec in plans[name].runs]
         alone = sole_writer(Path(out), name) if _first_process() else contextlib.nullcontext()
         with alone, quiet():
-            work.run([spec for spec in runs[name] if not work.done(spec)])
+            work.run([spec for spec in plans[name].runs if not work.done(spec)])
+        if _first_process():
+            for spec, share in plans[name].matched.items():
+                tell_matched(work.path(spec), share)
     return paths
+
+
+def usual_prompt(config: Any) -> tuple[int, Picture]:
+    """(text tokens, picture) that a keep is solved for: the documents' own are not known before they are asked."""
+    return NOMINAL_TEXT, nominal(config)
 
 
 def from_command(
@@ -161,67 +155,28 @@ def from_command(
     if ours:
         raise ValueError(f"{', '.join(ours)}: lmms-eval's tasks have a call of their own, without vlmfast's")
     why = {
-        "flops": "name a keep",
         "beams": "each of lmms-eval's tasks names its own number of beams",
         "workers": "accelerate launch -m vlmfast eval shares the documents among processes",
     }
-    plain = {"flops": [], "beams": 1, "workers": None}
-    for name, reason in why.items():
+    plain = {"beams": 1, "workers": None}
+    for name, instead in why.items():
         if settings.pop(name, plain[name]) != plain[name]:
-            raise ValueError(f"--{name} does not go with lmms-eval's tasks: {reason}")
+            raise ValueError(f"--{name} does not go with lmms-eval's tasks: {instead}")
     return evaluate(models, specs, keeps, tasks, out, **settings)
-
-
-def choose(names: Sequence[tuple[str, Mapping[str, str]]], limit: int | None) -> list[Chosen]:
-    """The tasks of these names, groups taken apart; their documents are loaded."""
-    from lmms_eval.evaluator_utils import get_task_list
-    from lmms_eval.tasks import get_task_dict
-
-    found: dict[str, Chosen] = {}
-    for name, settings in names:
-        manager = _manager(name, settings["include"])
-        try:
-            for output in get_task_list(get_task_dict([name], manager, "chat")):
-                task = output.task
-                if task.OUTPUT_TYPE in CHOICE:
-                    task = get_task_dict([output.task_name], manager, "simple")[output.task_name]
-                found[output.task_name] = _chosen(output.task_name, task, limit)
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"lmms-eval's task {name} needs the package {error.name}, which is not installed "
-                "(pip install lmms-eval brings all that any task needs)"
-            ) from error
-        except Exception as error:
-            raise RuntimeError(f"lmms-eval could not load the task {name}: {_reason(error)}") from error
-    return list(found.values())
-
-
-@functools.cache
-def _indexed(folder: str, defaults: bool) -> Any:
-    """lmms-eval's index of tasks: of a folder, its own 2,000, or both. Reading its own takes seconds."""
-    from lmms_eval.tasks import TaskManager
-
-    return TaskManager("ERROR", include_path=folder or None, include_defaults=defaults, model_name="vlmfast")
-
-
-def _manager(name: str, folder: str) -> Any:
-    """The index that knows a task; a folder of the user's comes first. ValueError for an unknown name."""
-    if folder:
-        own = _indexed(str(existing(folder, "folder of tasks")), False)
-        if name in own.all_subtasks:
-            return own
-    manager = _indexed(folder, True)
-    if name not in manager.all_tasks:
-        hint = did_you_mean(name, manager.all_tasks)
-        raise ValueError(f"lmms-eval has no task {name!r}{hint}; `lmms-eval tasks list` lists its own")
-    return manager
 
 
 class Work:
     """The runs of one model."""
 
-    def __init__(self, model: str, out: Path, identity: dict[str, Any], chosen: Sequence[Chosen]) -> None:
-        self.model, self.out, self.chosen = model, out, list(chosen)
+    def __init__(
+        self,
+        model: str,
+        out: Path,
+        identity: dict[str, Any],
+        chosen: Sequence[Chosen],
+        matched: Mapping[str, float] | None = None,
+    ) -> None:
+        self.model, self.out, self.chosen, self.matched = model, out, list(chosen), matched or {}
         self.common = identity
         self.device = identity["device"]
 
@@ -273,7 +228,7 @@ class Work:
         started, clock = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
         costs, latency = Costs(engine.model.config, from_spec(spec)), dict[str, Any]()
         metrics, records = dict[str, dict[str, Metric]](), list[dict[str, Any]]()
-        baseline = {} if spec == UNPATCHED else _values(self.answers(UNPATCHED).read())
+        baseline = {} if spec == UNPATCHED else values_of(self.answers(UNPATCHED).read())
         options = argparse.Namespace(
             output_path=str(self.out), process_with_media=False, reasoning_tags=REASONING, agentic_trace_mode="basic"
         )
@@ -294,12 +249,12 @@ class Work:
                     bootstrap_iters=0,
                     log_samples=True,
                     cli_args=options,
-                    task_manager=_indexed("", False),  # the tasks are there: it need not know any
+                    task_manager=indexed("", False),  # the tasks are there: it need not know any
                     verbosity="ERROR",
                 )
             except Exception as error:
                 names = ", ".join(one.name for one in tasks)
-                raise RuntimeError(f"{self.model} with {spec} on {names}: {_reason(error)}") from error
+                raise RuntimeError(f"{self.model} with {spec} on {names}: {reason(error)}") from error
             finally:
                 engine.close()
             costs.prompts.update(engine.costs.prompts)
@@ -329,7 +284,12 @@ class Work:
         """A finished run. Its mean over the tasks has no interval of its own."""
         tasks = {
             PREFIX + one.name: TaskResult(
-                hash=one.hash, n=one.n, images=one.n, headline=next(iter(metrics[one.name])), metrics=metrics[one.name]
+                hash=one.hash,
+                n=one.n,
+                images=one.n,
+                headline=next(iter(metrics[one.name])),
+                metrics=metrics[one.name],
+                better=one.better,
             )
             for one in self.chosen
         }
@@ -350,6 +310,7 @@ class Work:
             spec=spec,
             method=method,
             keep=keep,
+            matched=self.matched.get(spec),
             **fields,
             tasks=tasks,
             macro=macro,
@@ -362,175 +323,9 @@ class Work:
         )
 
 
-def records_of(one: Chosen, samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is stored of each document: the answer, what was expected, and what the task made of the two."""
-    names = list(one.task.aggregation())
-    return [
-        {
-            "id": f"{PREFIX}{one.name}/{sample['doc_id']}",
-            "prompt": _plain(next(iter(sample["arguments"]), "")),
-            "expected": _plain(sample["target"]),
-            "answer": _plain(sample["filtered_resps"]),
-            "tokens": sum((count or {}).get("output_tokens", 0) for count in sample["token_counts"]),
-            "values": {name: _plain(sample[name]) for name in names if name in sample},
-        }
-        for sample in samples
-    ]
-
-
-def measure(
-    one: Chosen,
-    numbers: Mapping[str, Any],
-    samples: Sequence[Mapping[str, Any]],
-    baseline: Mapping[str, Any],
-    seed: int,
-) -> dict[str, Metric]:
-    """Every number that lmms-eval gives of a task, the headline first: its first metric. Filters by their names."""
-    ids = [f"{PREFIX}{one.name}/{sample['doc_id']}" for sample in samples]
-    filters = list(dict.fromkeys(key.partition(",")[2] for key in numbers if "," in key))
-    metrics: dict[str, Metric] = {}
-    for name, aggregate in one.task.aggregation().items():
-        for number, filter_ in enumerate(filters):
-            value = numbers.get(f"{name},{filter_}")
-            label = name if number == 0 else f"{name}/{filter_}"
-            if isinstance(value, Mapping):
-                leaves = {f"{label}/{key}": leaf for key, leaf in value.items() if _is_number(leaf)}
-                metrics |= {key: _point(float(leaf)) for key, leaf in leaves.items()}
-            elif _is_number(value):
-                values = (
-                    [sample[name] for sample in samples] if len(filters) == 1 and len(set(ids)) == len(ids) else []
-                )
-                others = [baseline.get(key, {}).get(name) for key in ids] if baseline else None
-                metrics[label] = resampled(float(value), values, others, aggregate, seed)
-    if not metrics:
-        raise RuntimeError(
-            f"lmms-eval gives no number for {one.name}: {', '.join(map(str, numbers))}; tasks that only write a file "
-            "for a server are run by lmms-eval itself"
-        )
-    return metrics
-
-
-def resampled(
-    value: float, values: Sequence[Any], others: Sequence[Any] | None, aggregate: Callable[..., Any], seed: int
-) -> Metric:
-    """A metric with its interval and, paired, its difference from the unpatched run (others: None for that run)."""
-    if not values or "args" in inspect.signature(aggregate).parameters:
-        return _point(value)
-    start = time.perf_counter()
-    again = _aggregated(aggregate, values)
-    spent = max(time.perf_counter() - start, 1e-7)
-    plain = getattr(aggregate, "__name__", "") == "mean" and all(_is_number(one) for one in values)
-    rounds = DRAWS if plain else min(DRAWS, int(PATIENCE / spent))
-    if not np.isclose(again, value, rtol=1e-9, atol=1e-12) or rounds < FEWEST:
-        return _point(value)
-    draws = draw(len(values), seed, rounds)
-    own = _replicates(aggregate, values, draws, plain)
-    _, low, high = interval(np.array([value]), own)
-    if others is None or any(one is None for one in others):  # the unpatched run itself, or values JSON cannot hold
-        return Metric(value=value, low=low, high=high)
-    before = _aggregated(aggregate, others)
-    same = plain and all(_is_number(one) for one in others)
-    difference = interval(np.array([value - before]), own - _replicates(aggregate, others, draws, same))
-    return Metric(
-        value=value,
-        low=low,
-        high=high,
-        difference=difference[0],
-        difference_low=difference[1],
-        difference_high=difference[2],
-    )
-
-
-def _replicates(aggregate: Callable[..., Any], values: Sequence[Any], draws: np.ndarray, plain: bool) -> np.ndarray:
-    """The metric of every draw. draws: [R, documents] -> [R]"""
-    if plain:
-        return draws @ np.asarray(values, dtype=np.float64) / len(values)
-    numbers = np.arange(len(values))
-    drawn = (np.repeat(numbers, times).tolist() for times in draws.astype(int))
-    return np.array([_aggregated(aggregate, [values[i] for i in some]) for some in drawn])
-
-
-def _aggregated(aggregate: Callable[..., Any], values: Sequence[Any]) -> float:
-    """The metric of some documents, NaN where it is not defined."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        try:
-            found = aggregate(list(values))
-        except (ZeroDivisionError, ValueError, KeyError, IndexError):
-            return float("nan")
-    return float(found) if _is_number(found) else float("nan")
-
-
 def _first_process() -> bool:
     """Whether this is the one process, or the first of those that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _values(records: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What the tasks made of each document, by its id."""
-    return {record["id"]: record["values"] for record in records}
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(np.isfinite(float(value)))
-
-
-def _point(value: float) -> Metric:
-    return Metric(value=value, low=value, high=value)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON holds it; None where it cannot."""
-    try:
-        return json.loads(json.dumps(value, allow_nan=False, default=_scalar))
-    except (TypeError, ValueError):
-        return None
-
-
-def _scalar(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(type(value).__name__)
-
-
-def _chosen(name: str, task: Any, limit: int | None) -> Chosen:
-    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
-    docs = task.dataset[split]
-    digest = hashlib.sha256(version("lmms-eval").encode())
-    for key, value in sorted(task.config.to_dict().items()):
-        digest.update(f"{key}={_written(getattr(task.config, key, value))}\n".encode())
-    digest.update(str(getattr(docs, "_fingerprint", len(docs))).encode())
-    n = len(docs) if limit is None else min(limit, len(docs))
-    return Chosen(name, task, digest.hexdigest()[:16], n)
-
-
-def _written(value: Any) -> str:
-    """A value of a configuration as text, functions as their source; no addresses."""
-    if callable(value):
-        with contextlib.suppress(OSError, TypeError):
-            return inspect.getsource(value)
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one line: the error itself, not that it was tried again."""
-    attempt = getattr(error, "last_attempt", None)
-    if attempt is not None and attempt.exception() is not None:
-        error = attempt.exception()
-    words = " ".join(str(error).split())
-    return words if isinstance(error, RuntimeError) and words else f"{type(error).__name__}: {words}"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """lmms-eval's log on standard error, from warnings on."""
-    from loguru import logger
-
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING", format="{level}: {message}")
-    try:
-        yield
-    finally:
-        logger.remove()
 
 
 def show(paths: Sequence[Path], console: Console | None = None) -> None:

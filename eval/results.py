@@ -293,6 +293,24 @@ class Answers:
             os.fsync(file.fileno())
 
 
+class Missing(LookupError):
+    """Something that a report would like to have is not at hand; the message says what and why."""
+
+
+def answers_of(result: Result, folders: Iterable[Path]) -> list[dict[str, Any]]:
+    """The raw answers of a finished run, from the folder that has them; `Missing` where none does."""
+    why = ""
+    for folder in folders:
+        try:
+            records = Answers(folder / f"{run_name(result.model, result.spec)}.jsonl", result.identity()).read()
+        except ValueError as error:  # damaged, or of another run by the same name
+            why = why or str(error)
+            continue
+        if records:
+            return records
+    raise Missing(why or f"the answers of {result.spec} are not beside its result")
+
+
 def _lock(folder: Path, model: str, rank: int) -> Path:
     return folder / f".{run_name(model, 'lock')}{f'.{PART}{rank}' if rank else ''}"
 

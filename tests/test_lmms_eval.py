@@ -354,6 +354,7 @@ def test_runs_at_equal_flops(tasks, tmp_path, capsys):
 def test_an_unknown_task_is_told(tasks, tmp_path, monkeypatch):
     real = tasks_of.indexed
 
+    # The whole index takes long.
     monkeypatch.setattr(
         tasks_of, "indexed", lambda folder, defaults: real(folder, False)
     )  # the whole index takes long

@@ -294,7 +294,7 @@ class TestTable:
         assert str(made.paths.page) in made.printed and str(made.paths.picture) in made.printed
 
     def test_mark_and_its_meaning(self, made):
-        assert "†" in made.printed and "† random pruning at the same keep scores higher" in made.printed
+        assert "†" in made.printed and "† random pruning of the same budget scores higher" in made.printed
 
     def test_fits_a_terminal_of_80_columns(self):
         console = Console(file=io.StringIO(), width=80, force_terminal=True, no_color=True)

@@ -27,16 +27,18 @@ def make(
     """
     from rich.console import Console
 
-    from vlmfast.eval.report import page, plot, rows, table
+    from vlmfast.eval.report import page, plot, ranks, rows, table
+    from vlmfast.eval.report.documents import Documents
     from vlmfast.eval.results import load_results, write_atomic
 
     folders = [folders] if isinstance(folders, str | Path) else list(folders)
-    sections = rows.arrange(load_results(folders))
+    documents = Documents()
+    sections = ranks.ranked(rows.arrange(load_results(folders)), list(map(Path, folders)), documents)
     target = Path(out or folders[0])
     target.mkdir(parents=True, exist_ok=True)
     paths = Paths(target / "pareto.png", target / "report.html")
     paths.picture.write_bytes(plot.draw(sections))
-    write_atomic(paths.page, page.render(sections))
+    write_atomic(paths.page, page.render(sections, documents))
     console = console or Console()
     table.print_tables(sections, console)
     console.print(f"\npicture  {paths.picture}\npage     {paths.page}", highlight=False, soft_wrap=True)

@@ -8,12 +8,16 @@ from importlib.resources import files
 from typing import Any
 
 from vlmfast.eval.report import attention, captions, effect, plot, samples, table, text
+from vlmfast.eval.report.documents import Documents
 from vlmfast.eval.report.frame import across, down
 from vlmfast.eval.report.rows import UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
 
 
-def render(sections: Sequence[Section]) -> str:
-    """The page, with the Pareto picture for light and dark ground, for wide and narrow windows."""
+def render(sections: Sequence[Section], documents: Documents | None = None) -> str:
+    """The page, with the Pareto picture for light and dark ground, for wide and narrow windows.
+
+    documents: those of the tasks, where they were loaded already.
+    """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -28,9 +32,10 @@ def render(sections: Sequence[Section]) -> str:
         "gflops": text.gflops,
         "kilobytes": text.kilobytes,
         "metric_name": text.metric_name,
+        "place": text.place,
     }
     template = environment.from_string(files("vlmfast.eval.report").joinpath("page.html").read_text("utf-8"))
-    pictures = samples.Pictures()
+    pictures = samples.Pictures(documents)
     shown = [(section, samples.gather(section, pictures)) for section in sections]
     return template.render(
         sections=sections,
@@ -87,6 +92,9 @@ COLUMNS = (
         lambda row: text.interval(row.retention),
         lambda row: row.retention and row.retention.value,
     ),
+    Column(
+        "rank", "same budget", lambda row: text.place(row.place, whole=True), lambda row: row.place and row.place.rank
+    ),
     Column("tokens", "mean of layers", lambda row: text.count(row.tokens), lambda row: row.tokens),
     Column("prefill", "GFLOPs", lambda row: text.gflops(row.flops), lambda row: row.flops),
     Column("share", "% of FLOPs", lambda row: text.percent(row.share, 0), lambda row: row.share),
@@ -100,7 +108,7 @@ COLUMNS = (
 
 
 def lead(section: Section) -> list[str]:
-    """The result in a few sentences: the model as it is, then every method at the keep nearest to a third."""
+    """The result in a few sentences: the model as it is, then every method at one budget."""
     sentences = []
     base = section.baseline
     if base is not None:
@@ -109,13 +117,39 @@ def lead(section: Section) -> list[str]:
         sentences.append(f"Unpatched: {text.interval(base.accuracy)} % mean accuracy{cost}{first}.")
     if told := effect.summary(section):
         sentences.append(told)
-    shares = [keep for keep in section.keeps if isinstance(keep, float) and keep < 1]
-    if not shares:
-        return sentences
-    keep = min(shares, key=lambda share: abs(share - 1 / 3))
-    rows = sorted((row for row in section.rows if row.keep == keep), key=lambda row: -row.accuracy.value)
+    if budget := usual_budget(section):
+        sentences += standing(section, budget)
+    return sentences
+
+
+def usual_budget(section: Section) -> tuple[str, float | int] | None:
+    """The budget to tell of: equal cost before equal keep, the one nearest to a third of the tokens."""
+    rows = [row for row in section.rows if row.budget != ("keep", 1.0) and row.tokens and row.tokens_before]
+    kinds = [{row.budget for row in rows if row.budget[0] == kind} for kind in ("flops", "keep")]
+    found = next((budgets for budgets in kinds if budgets), None)
+    if found is None:
+        return None
+
+    def distance(budget: tuple[str, float | int]) -> float:
+        shares = [(row.tokens or 0) / (row.tokens_before or 1) for row in rows if row.budget == budget]
+        return abs(sum(shares) / len(shares) - 1 / 3)
+
+    return min(sorted(found), key=distance)
+
+
+def standing(section: Section, budget: tuple[str, float | int]) -> list[str]:
+    """How the runs of a budget compare, best first."""
+    rows = sorted((row for row in section.rows if row.budget == budget), key=lambda row: -row.accuracy.value)
+    kind, value = budget
     parts = [f"{row.label} {text.percent(row.accuracy.value)} %{_price(row)}" for row in rows]
-    sentences.append(f"Keeping {text.percent(keep, 0)} % of the visual tokens: {'; '.join(parts)}.")
+    what = f"{text.percent(value, 0)} % of the visual tokens" if isinstance(value, float) else f"{value} visual tokens"
+    head = f"At equal cost, {text.percent(value, 0)} % of the prefill FLOPs" if kind == "flops" else f"Keeping {what}"
+    sentences = [f"{head}: {'; '.join(parts)}."]
+    best = [row.label for row in rows if row.place and row.place.rank == 1]
+    if len(best) == len(rows) > 1:
+        sentences.append("No two of them can be told apart.")
+    elif len(best) > 1:
+        sentences.append(f"Best, and not to be told apart: {', '.join(best)}.")
     random = next((row for row in rows if row.result.method == "random"), None)
     methods = [row for row in rows if not row.control]
     if random is not None and methods and random.accuracy.value >= max(row.accuracy.value for row in methods):

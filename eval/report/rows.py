@@ -26,6 +26,14 @@ class Interval(NamedTuple):
     high: float
 
 
+class Place(NamedTuple):
+    """A run's rank among `of` runs of the same budget (see `vlmfast.eval.report.ranks`)."""
+
+    rank: int
+    tied: bool
+    of: int
+
+
 @dataclass(frozen=True)
 class Task:
     """One task of a section: its headline metric, every metric that a run reports, its number of questions."""
@@ -59,13 +67,21 @@ class Row:
     memory_mb: float | None
     forwards: float | None  # decoder calls a further token
     result: Result = field(repr=False)
-    beaten: bool = False  # random at the same keep has the higher accuracy
+    beaten: bool = False  # random of the same budget has the higher accuracy
     beaten_tasks: frozenset[str] = frozenset()
+    place: Place | None = None  # on the mean of the tasks
+    places: Mapping[str, Place] = field(default_factory=dict)  # on each task
 
     @property
     def unpatched(self) -> bool:
         """Whether this is the model as it is."""
         return self.keep is None
+
+    @property
+    def budget(self) -> tuple[str, float | int]:
+        """What runs share that are ranked together: ("flops", share) where `keep` was solved, else ("keep", keep)."""
+        matched = self.result.matched
+        return ("keep", self.keep or 1.0) if matched is None else ("flops", matched)
 
     @property
     def control(self) -> bool:
@@ -103,6 +119,7 @@ class Section:
     rows: tuple[Row, ...]
     tasks: tuple[Task, ...]
     convention: str
+    unranked: str = ""  # why the runs have no ranks
 
     @cached_property
     def baseline(self) -> Row | None:
@@ -239,10 +256,10 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 def _mark(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Mark where random at the same keep (the mean of its seeds) scores higher, on the whole and task by task."""
+    """Mark where random of the same budget (the mean of its seeds) scores higher, on the whole and task by task."""
     marked = []
     for row in rows:
-        rivals = [other for other in rows if other.result.method == "random" and other.keep == row.keep]
+        rivals = [other for other in rows if other.result.method == "random" and other.budget == row.budget]
         if rivals and row.result.method != "random":
             beaten = fmean(rival.accuracy.value for rival in rivals) > row.accuracy.value
             tasks = {

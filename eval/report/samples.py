@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlmfast.eval.overlay import dropped_path
+from vlmfast.eval.report.documents import Documents
 from vlmfast.eval.report.rows import Row, Section
 
 
@@ -48,42 +49,31 @@ class Sample:
 class Pictures:
     """Test scenes as PNG data URIs, each once; only while they are the ones that the results were made on."""
 
-    def __init__(self) -> None:
+    def __init__(self, documents: Documents | None = None) -> None:
         self.found: dict[str, str] = {}  # key -> data URI
-        self._docs: dict[tuple[Any, ...], Mapping[tuple[int, str], Any] | str] = {}
+        self.documents = documents or Documents()
+        self._asked: dict[
+            int, dict[tuple[int, str], Any]
+        ] = {}  # by the set of documents: scene and prompt -> document
 
     def look_up(self, row: Row, task: str, index: int, prompt: str) -> tuple[str | None, Any, str]:
         """Key of the picture, the task's document, and, where there are none, the reason."""
-        docs = self._documents(row, task)
+        docs = self.documents.of(row.result, task)
         if isinstance(docs, str):
             return None, None, docs
-        doc = docs.get((index, prompt))
+        asked = self._asked.get(id(docs))
+        if asked is None:
+            from vlmfast.eval.tasks import task as named
+
+            prompt_of = named(task).prompt
+            asked = self._asked[id(docs)] = {(doc.scene, prompt_of(doc)): doc for doc in docs}
+        doc = asked.get((index, prompt))
         if doc is None:
             return None, None, f"test scene {index} has no such question"
         key = f"scene-{index}"
         if key not in self.found:
             self.found[key] = _data_uri(doc)
         return key, doc, ""
-
-    def _documents(self, row: Row, task: str) -> Mapping[tuple[int, str], Any] | str:
-        """The task's documents by scene and prompt, or why these are not the ones that the run answered."""
-        from vlmfast.eval.tasks import task as named
-        from vlmfast.eval.tasks import task_hash
-
-        result = row.result
-        key = (task, result.limit, result.seed, result.tasks[task].hash if task in result.tasks else None)
-        if key not in self._docs:
-            try:
-                asked = named(task)
-                docs = asked.load(result.limit, result.seed)
-            except (OSError, ValueError) as error:  # files of the user's that are elsewhere by now
-                self._docs[key] = f"the pictures of {task} are not at hand: {error}"
-                return self._docs[key]
-            if key[-1] == task_hash(asked, docs):
-                self._docs[key] = {(doc.scene, asked.prompt(doc)): doc for doc in docs}
-            else:
-                self._docs[key] = f"the scenes of {task} have changed since this result was made"
-        return self._docs[key]
 
 
 def gather(section: Section, pictures: Pictures) -> list[Sample]:

@@ -13,7 +13,7 @@ from vlmfast.eval.report.rows import Row, Section
 
 MARK = "†"
 VERDICTS = {1: "▲", -1: "▼", 0: " "}
-WIDEST = 124  # columns that the tables need at most; used where the output is not a terminal
+WIDEST = 126  # columns that the tables need at most; used where the output is not a terminal
 
 
 def print_tables(sections: list[Section], console: Console | None = None) -> None:
@@ -39,10 +39,11 @@ def render(section: Section, *, narrow: bool = False) -> Group:
 
 
 def summary(section: Section, *, narrow: bool = False) -> Table:
-    """One row a run: mean accuracy over the tasks and what it costs; ``narrow`` leaves out one interval."""
+    """One row a run: mean accuracy over the tasks and what it costs; ``narrow`` leaves out an interval and KV."""
     table = _table("Mean over the tasks", narrow)
     table.add_column("accuracy %\n\\[95 %]", justify="right")
     table.add_column("vs un-\npatched" if narrow else "vs unpatched\npoints \\[95 %]", justify="right")
+    table.add_column("\nrank", justify="right")
     table.add_column("tokens\n/layer", justify="right")
     table.add_column("prefill\nGFLOPs", justify="right")
     table.add_column("\n%", justify="right")
@@ -50,7 +51,8 @@ def summary(section: Section, *, narrow: bool = False) -> Table:
     if not narrow:
         table.add_column("speed-\nup", justify="right")
     table.add_column("decode\nms/tok", justify="right")
-    table.add_column("KV\nkB", justify="right")
+    if not narrow:
+        table.add_column("KV\nkB", justify="right")
     for row, ends in _with_ends(section):
         difference = text.interval(row.difference, difference=True)
         if narrow and row.difference:
@@ -59,13 +61,14 @@ def summary(section: Section, *, narrow: bool = False) -> Table:
             *_name(row),
             text.interval(row.accuracy) + _mark(row.beaten),
             difference,
+            text.place(row.place),
             text.count(row.tokens),
             text.gflops(row.flops),
             text.percent(row.share, 0),
             text.timing(row.ttft),
             *([] if narrow else [text.ratio(row.speedup)]),
             text.timing(row.decode),
-            text.kilobytes(row.kv_bytes),
+            *([] if narrow else [text.kilobytes(row.kv_bytes)]),
             end_section=ends,
         )
     return table
@@ -130,14 +133,37 @@ def notes(section: Section) -> list[str]:
     if section.convention:
         lines.append(f"FLOPs and KV are means per prompt. {section.convention}.")
     lines.append("Tokens: visual tokens of a picture, mean over the layers of the language model.")
+    lines += budgets(section)
     if any(row.speedup for row in section.rows):
         lines.append("Speed-up: unpatched TTFT over this TTFT, both measured in turns in one process.")
     if any(row.beaten or row.beaten_tasks for row in section.rows):
-        lines.append(f"{MARK} random pruning at the same keep scores higher.")
+        lines.append(f"{MARK} random pruning of the same budget scores higher.")
     if effect.edited(section):
         lines.append("Effect on the answers: ▲ better and ▼ worse where the interval of the difference excludes zero.")
     if section.baseline is None:
         lines.append("There is no unpatched run among the results: run vlmfast eval with --method none.")
+    return lines
+
+
+def budgets(section: Section) -> list[str]:
+    """What was held equal among runs, how well, and what ranks mean."""
+    lines = []
+    for goal in sorted({row.result.matched for row in section.rows if row.result.matched is not None}, reverse=True):
+        rows = [row for row in section.rows if row.result.matched == goal and row.share is not None]
+        shares = [row.share for row in rows if row.share is not None]
+        ends = [text.percent(end) for end in (min(shares, default=goal), max(shares, default=goal))]
+        reached = f"{ends[0]} %" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} %"
+        lines.append(
+            f"Equal cost: keep was solved so that {len(rows)} runs take {text.percent(goal)} % of the unpatched "
+            f"prefill FLOPs, tower and selection included; they took {reached}."
+        )
+    if any(row.place for row in section.rows):
+        lines.append(
+            "Rank: 1 + the number of runs of the same budget (equal cost, else equal keep) that are better, the 95 % "
+            "interval of the paired difference above zero; = is a tie. Of twenty such comparisons one errs by luck."
+        )
+    if section.unranked:
+        lines.append(f"No ranks: {section.unranked}.")
     return lines
 
 

@@ -2,7 +2,7 @@
 
 from math import floor, log10
 
-from vlmfast.eval.report.rows import Interval
+from vlmfast.eval.report.rows import Interval, Place
 
 MISSING = "–"  # noqa: RUF001
 MINUS = "−"  # noqa: RUF001
@@ -79,3 +79,10 @@ def metric(name: str, value: Interval, *, difference: bool = False) -> str:
     sign = "+" if difference else ""
     ends = [f"{end:{sign}.1f}".replace("-", MINUS) for end in value]
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+def place(value: Place | None, *, whole: bool = False) -> str:
+    """A rank, `=` behind it where it is shared: ``2=``; whole: ``2= of 5``."""
+    if value is None:
+        return MISSING
+    return f"{value.rank}{'=' if value.tied else ''}{f' of {value.of}' if whole else ''}"

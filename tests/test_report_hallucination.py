@@ -201,7 +201,7 @@ class TestEffect:
         shown = effect.columns(sections[0])
         found = {(column.task, column.head): effect.cell(sections[0].rows[1], column) for column in shown}
         assert all(found["existence", head].verdict == 1 for head in ("precision", "recall", "F1"))
-        wide, narrow = (printed(sections, width) for width in (124, 80))
+        wide, narrow = (printed(sections, width) for width in (126, 80))
         assert "precision" in wide and "F1" in wide and "precision" not in narrow and "adversarial" in narrow
         assert "…" not in wide + narrow
         assert "precision" in Page(page.render(sections)).words

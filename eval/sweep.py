@@ -40,6 +40,7 @@ from vlmfast.visual import VisualTokens
 
 UNPATCHED = "none"
 SAMPLES = 6  # questions whose answers and kept tokens are stored in the result, for the page
+SHOWN = 24  # questions whose kept tokens are noted beside their answers, for the page: those, and more
 CAPTIONS = 3  # of which so many captions, or that many more, where captions are asked for
 ENCODE = 16  # pictures in one pass of the vision tower
 REPEATS = 5  # readings of each latency
@@ -115,6 +116,7 @@ class Sweep:
         self.scenes = list(dict.fromkeys(doc.scene for doc in self.docs))
         self.batches = self._plan()
         self.samples = fixed_samples(self.docs)
+        self.shown = {doc.id for doc in more_samples(self.docs, self.samples)}
         self.pictures = self._encode()
 
     def documents(self) -> list[Doc]:
@@ -194,9 +196,9 @@ class Sweep:
     def whole(self, stored: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Those of the stored answers that belong to whole batches, by question in the order of the batches."""
         records = {record["id"]: record for record in stored}
-        needed = {doc.id for doc in self.samples}  # older files may lack what samples hold, and pictures' sizes
+        # Older files may lack pictures' sizes, and the kept tokens of questions that are shown.
         complete = [record for record in records.values() if "picture" in record]
-        known = {record["id"] for record in complete if record["id"] not in needed or "indices" in record}
+        known = {record["id"] for record in complete if record["id"] not in self.shown or "indices" in record}
         whole = [batch for batch in self.batches if all(doc.id in known for doc in batch)]
         return {doc.id: records[doc.id] for batch in whole for doc in batch}
 
@@ -262,7 +264,7 @@ class Sweep:
                 "kept": len(indices),
                 "picture": asdict(size_of(visual.patches, visual.views, visual.span)),
                 **({"layers": held} if set(held) != {len(indices)} else {}),
-                **({"indices": indices, "grid": visual.grid} if doc in self.samples else {}),
+                **({"indices": indices, "grid": visual.grid} if doc.id in self.shown else {}),
                 "seconds": round(seconds, 5),
             }
             for doc, text, length, indices, held, (visual, _) in zip(
@@ -434,7 +436,7 @@ def fixed_samples(docs: Sequence[Doc]) -> list[Doc]:
 
     The first SAMPLES of them do not depend on whether there are captions; behind them come captions that are missing.
     """
-    names = list(dict.fromkeys(doc.task for doc in docs))
+    names = _names(docs)
     chosen: list[Doc] = []
     for i in range(min(SAMPLES, len(docs))):
         task = names[i * len(names) // SAMPLES if len(names) >= SAMPLES else i % len(names)]
@@ -444,6 +446,25 @@ def fixed_samples(docs: Sequence[Doc]) -> list[Doc]:
     captions = [doc for doc in docs if hasattr(task_named(doc.task), "mentions")]
     missing = CAPTIONS - sum(doc in captions for doc in chosen)
     return chosen + [doc for doc in captions if doc not in chosen][: max(0, missing)]
+
+
+def more_samples(docs: Sequence[Doc], samples: Sequence[Doc]) -> list[Doc]:
+    """The samples and more questions behind them, in turn of every task, about as many pictures as possible."""
+    chosen, seen = list(samples), {doc.scene for doc in samples}
+    left = {name: [doc for doc in docs if doc.task == name and doc not in samples] for name in _names(docs)}
+    while len(chosen) < SHOWN and any(left.values()):
+        for some in left.values():
+            if some and len(chosen) < SHOWN:
+                doc = next((doc for doc in some if doc.scene not in seen), some[0])
+                some.remove(doc)
+                seen.add(doc.scene)
+                chosen.append(doc)
+    return chosen
+
+
+def _names(docs: Sequence[Doc]) -> list[str]:
+    """The tasks of some questions, in their order."""
+    return list(dict.fromkeys(doc.task for doc in docs))
 
 
 def failure(run: str, what: str, error: Exception) -> str:

@@ -137,6 +137,21 @@ def test_results(finished):
     assert strip[0] == strip[1] == strip[2]
 
 
+def test_kept_tokens_are_noted_beside_some_answers():
+    """Of the samples and more questions in turn of the tasks, about new pictures as long as there are any."""
+    docs = [doc for name in TASKS_HERE for doc in TASKS[name].load(15, 0)]
+    samples = sweep.fixed_samples(docs)
+    shown = sweep.more_samples(docs, samples)
+    assert shown[: len(samples)] == samples
+    assert len(shown) == len({doc.id for doc in shown}) == sweep.SHOWN > len(samples)
+    numbers = [sum(doc.task == name for doc in shown[len(samples) :]) for name in TASKS_HERE]
+    assert max(numbers) - min(numbers) <= 1
+    scenes = {doc.scene for doc in docs if doc.task == "word"} - {doc.scene for doc in samples}
+    words = [doc.scene for doc in shown[len(samples) :] if doc.task == "word"]
+    assert len(set(words)) == len(words) <= len(scenes)
+    assert sweep.more_samples(docs[:3], docs[:2]) == docs[:3], "no more than there are"
+
+
 def test_cost_of_cuts_inside_the_language_model(folders, tmp_path):
     """Every layer counts with what it holds, and the statistic of the layer before the cut is paid for."""
     whole = new_model("llava")

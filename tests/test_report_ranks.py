@@ -7,7 +7,7 @@ import pytest
 
 from vlmfast.eval.metrics import Counts, measure
 from vlmfast.eval.report import text
-from vlmfast.eval.report.documents import Documents
+from vlmfast.eval.report.archive import Archive
 from vlmfast.eval.report.page import lead
 from vlmfast.eval.report.ranks import places, ranked
 from vlmfast.eval.report.rows import Place, arrange
@@ -68,7 +68,7 @@ def folder(tmp_path, documents):
 def section_of(folder):
     from vlmfast.eval.results import load_results
 
-    (section,) = ranked(arrange(load_results(folder)), [folder], Documents())
+    (section,) = ranked(arrange(load_results(folder)), Archive([folder]))
     return section
 
 

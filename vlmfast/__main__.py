@@ -18,7 +18,7 @@ TESTBED = ["testbed:llava", "testbed:qwen2_5_vl"]
 METHODS = ["none", "random", "grid", "fastervlm:fallback=received", "hiprune"]
 KEEPS = "1.0,0.5,0.33,0.2,0.11"
 TOPICS = ("methods", "families", "tasks")
-EXTRAS = {"jinja2": "eval", "matplotlib": "eval", "sklearn": "eval", "psutil": "eval", "datasets": "eval"}
+EXTRAS = dict.fromkeys(("jinja2", "matplotlib", "plotly", "sklearn", "psutil", "datasets"), "eval")
 EXTRAS |= {"lmms_eval": "lmms"}
 FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -319,6 +319,8 @@ def evaluate(
         from vlmfast.eval.lmms import runner as lmms
 
         lmms.show(lmms.from_command(names, method, keeps, task or [], out, device=device or best_device(), **settings))
+        if of_environment().first:
+            report.make(out, tables=False)
         return
     try:
         score(names, method, keeps, task or None, out, device=device or best_device(), **settings)

@@ -218,7 +218,7 @@ def solve_keep(
     if isinstance(share, bool) or not least * (1 - TOLERANCE) <= share <= 1:
         grid = "x".join(str(side) for side in picture.patches)
         raise ValueError(
-            f"a share of {share} of the unpatched FLOPs cannot be reached: with {text} text tokens and a picture of "
+            f"a share of {share:.4g} of the unpatched FLOPs cannot be reached: with {text} text tokens and a picture of "
             f"{grid} patches it lies between {least:.4f} (keep={low:.4g}) and 1.0"
         )
     for _ in range(60):  # bisection between two keeps that enclose the share: ends at a step of one token

@@ -18,28 +18,32 @@ class Paths(NamedTuple):
 
 
 def make(
-    folders: str | Path | Sequence[str | Path], out: str | Path | None = None, console: "Console | None" = None
+    folders: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    console: "Console | None" = None,
+    tables: bool = True,
 ) -> Paths:
     """Report on all finished runs of one or more folders: print the table, write pareto.png and report.html.
 
-    ``out``: folder for both files, made if need be (default: the first of ``folders``). Raises what
-    ``vlmfast.eval.results.load_results`` raises for a folder without results or a damaged file.
+    ``out``: folder for both files, made if need be (default: the first of ``folders``); ``tables``: whether to print
+    them. Raises what ``vlmfast.eval.results.load_results`` raises for a folder without results or a damaged file.
     """
     from rich.console import Console
 
     from vlmfast.eval.report import page, plot, ranks, rows, table
-    from vlmfast.eval.report.documents import Documents
+    from vlmfast.eval.report.archive import Archive
     from vlmfast.eval.results import load_results, write_atomic
 
     folders = [folders] if isinstance(folders, str | Path) else list(folders)
-    documents = Documents()
-    sections = ranks.ranked(rows.arrange(load_results(folders)), list(map(Path, folders)), documents)
+    archive = Archive(folders)
+    sections = ranks.ranked(rows.arrange(load_results(folders)), archive)
     target = Path(out or folders[0])
     target.mkdir(parents=True, exist_ok=True)
     paths = Paths(target / "pareto.png", target / "report.html")
     paths.picture.write_bytes(plot.draw(sections))
-    write_atomic(paths.page, page.render(sections, documents))
+    write_atomic(paths.page, page.render(sections, archive))
     console = console or Console()
-    table.print_tables(sections, console)
+    if tables:
+        table.print_tables(sections, console)
     console.print(f"\npicture  {paths.picture}\npage     {paths.page}", highlight=False, soft_wrap=True)
     return paths

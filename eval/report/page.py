@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from vlmfast.eval.report import attention, captions, effect, plot, samples, table, text
-from vlmfast.eval.report.documents import Documents
+from vlmfast.eval.report import attention, captions, effect, interactive, plot, samples, table, text
+from vlmfast.eval.report.archive import Archive
 from vlmfast.eval.report.frame import across, down
 from vlmfast.eval.report.rows import UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
 
 
-def render(sections: Sequence[Section], documents: Documents | None = None) -> str:
+def render(sections: Sequence[Section], archive: Archive | None = None) -> str:
     """The page, with the Pareto picture for light and dark ground, for wide and narrow windows.
 
-    documents: those of the tasks, where they were loaded already.
+    archive: of the folders that the results lie in.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -34,8 +35,8 @@ def render(sections: Sequence[Section], documents: Documents | None = None) -> s
         "metric_name": text.metric_name,
         "place": text.place,
     }
-    template = environment.from_string(files("vlmfast.eval.report").joinpath("page.html").read_text("utf-8"))
-    pictures = samples.Pictures(documents)
+    template = environment.from_string(_file("page.html"))
+    pictures = samples.Pictures(archive)
     shown = [(section, samples.gather(section, pictures)) for section in sections]
     return template.render(
         sections=sections,
@@ -64,7 +65,10 @@ def render(sections: Sequence[Section], documents: Documents | None = None) -> s
         unpatched=UNPATCHED,
         has_testbed=any(section.model.startswith("testbed:") for section in sections),
         odd_headlines=_odd_headlines(sections),
-        script=Markup(_SCRIPT),  # noqa: S704 - a constant of this file
+        live=interactive.gather(sections),
+        css=Markup(_file("page.css")),  # noqa: S704 - files of ours and of plotly's
+        script=Markup(_file("page.js")),  # noqa: S704
+        plotly=Markup(get_plotlyjs()),  # noqa: S704
     )
 
 
@@ -281,34 +285,10 @@ def _provenance(sections: Sequence[Section]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def _file(name: str) -> str:
+    """A file beside this one, also from a wheel."""
+    return files("vlmfast.eval.report").joinpath(name).read_text("utf-8")
+
+
 def _data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-# Turns the heads of tables of class "sortable" into buttons: first click rising, second falling, third as it was.
-_SCRIPT = """
-for (const table of document.querySelectorAll('table.sortable')) {
-  const body = table.tBodies[0], original = [...body.rows];
-  const heads = [...table.tHead.rows[0].cells];
-  heads.forEach((head, column) => {
-    const button = document.createElement('button');
-    button.type = 'button';
-    button.append(...head.childNodes);
-    head.append(button);
-    button.addEventListener('click', () => {
-      const now = head.getAttribute('aria-sort');
-      const next = now === 'ascending' ? 'descending' : now === 'descending' ? null : 'ascending';
-      heads.forEach(other => other.removeAttribute('aria-sort'));
-      if (next) head.setAttribute('aria-sort', next);
-      const sign = next === 'descending' ? -1 : 1;
-      const value = row => row.cells[column].dataset.value ?? '';
-      const compare = (a, b) => {
-        const x = value(a), y = value(b);
-        if (x === '' || y === '') return (x === '') - (y === '');
-        return sign * (isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y);
-      };
-      body.append(...(next ? [...original].sort(compare) : original));
-    });
-  });
-}
-"""

@@ -36,12 +36,13 @@ _GROUND = {False: ("#ffffff", "#222222", "#dddddd"), True: ("#16181c", "#e8e8e8"
 def styles(sections: Sequence[Section]) -> dict[str, Style]:
     """A style for every method of the sections, the same in picture and page."""
     labels = list(dict.fromkeys(label for section in sections for label in section.labels))
-    methods = sorted(label for label in labels if not _control(label))
+    methods = sorted(label for label in labels if not control(label))
     found = dict(zip(methods, islice(cycle(_METHODS), len(methods))))
     return {UNPATCHED: _UNPATCHED} | {label: _CONTROLS.get(label.split()[0]) or found[label] for label in labels}
 
 
-def _control(label: str) -> bool:
+def control(label: str) -> bool:
+    """Whether a method is there for comparison only."""
     return label.split()[0] in CONTROLS
 
 
@@ -95,7 +96,7 @@ def _line(label: str, style: Style, dark: bool) -> dict[str, Any]:
         "marker": style.marker,
         "linestyle": style.dashes or "none",
         "markersize": 15 if label == UNPATCHED else 6,
-        "markerfacecolor": _GROUND[dark][0] if _control(label) else None,
+        "markerfacecolor": _GROUND[dark][0] if control(label) else None,
         "linewidth": 1.8,
     }
 
@@ -128,7 +129,7 @@ def _panel(axes: Any, section: Section, look: dict[str, Style], measure: str, da
             **_line(label, style, dark),
             elinewidth=1,
             capsize=2.5,
-            zorder=4 if label == UNPATCHED else 2 if _control(label) else 3,
+            zorder=4 if label == UNPATCHED else 2 if control(label) else 3,
         )
     if measure == "flops":
         axes.set_xlabel("prefill of a prompt, GFLOPs (vision tower included)")

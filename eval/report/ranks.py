@@ -8,29 +8,25 @@ token are one budget, the unpatched model among them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlmfast.eval.lmms.tasks import PREFIX
 from vlmfast.eval.metrics import DRAWS, Counts, draw, interval
-from vlmfast.eval.report.documents import Documents
-from vlmfast.eval.report.rows import Place, Row, Section
-from vlmfast.eval.results import Missing, Result, answers_of
+from vlmfast.eval.report.archive import Archive
+from vlmfast.eval.report.rows import PERCENT, Place, Row, Section
+from vlmfast.eval.results import Missing, Result
 
-THEIRS = "lmms:"  # tasks whose scores lie beside the answers
 Draws = Mapping[str, np.ndarray]  # task -> headline metric, [1 + R]: as it is, then of every resample
 
 
-def ranked(sections: Sequence[Section], folders: Sequence[Path], documents: Documents) -> list[Section]:
-    """The sections with the places of their runs; `Section.unranked` says why a section has none.
-
-    folders: where the results and their answers lie.
-    """
-    return [_ranked(section, folders, documents) for section in sections]
+def ranked(sections: Sequence[Section], archive: Archive) -> list[Section]:
+    """The sections with the places of their runs; `Section.unranked` says why a section has none."""
+    return [_ranked(section, archive) for section in sections]
 
 
-def _ranked(section: Section, folders: Sequence[Path], documents: Documents) -> Section:
+def _ranked(section: Section, archive: Archive) -> Section:
     groups: dict[Any, list[Row]] = {}
     for row in section.rows:
         asked = tuple(sorted((name, task.hash) for name, task in row.result.tasks.items()))
@@ -39,7 +35,7 @@ def _ranked(section: Section, folders: Sequence[Path], documents: Documents) -> 
     try:
         for rows in groups.values():
             if len(rows) > 1:
-                places |= _places(rows, [replicates(row.result, folders, documents) for row in rows])
+                places |= _places(rows, [replicates(row.result, archive) for row in rows])
     except Missing as error:
         return replace(section, unranked=str(error))
     return replace(
@@ -74,16 +70,16 @@ def _better(one: np.ndarray, other: np.ndarray) -> bool:
     return interval(difference[:1], difference[1:])[1] > 0
 
 
-def replicates(result: Result, folders: Sequence[Path], documents: Documents) -> dict[str, np.ndarray]:
+def replicates(result: Result, archive: Archive) -> dict[str, np.ndarray]:
     """The headline metric of every task of a run, as it is and of every resample. [1 + R]
 
     `Missing` where the answers, or what they are scored with, are not at hand.
     """
-    records = answers_of(result, folders)
-    theirs = [name.startswith(THEIRS) for name in result.tasks]
+    records = archive.answers(result)
+    theirs = [name.startswith(PREFIX) for name in result.tasks]
     if all(theirs):
         return {name: _of_values(result, name, records) for name in result.tasks}
-    return _of_counts(result, records, documents)
+    return _of_counts(result, records, archive)
 
 
 def _of_values(result: Result, name: str, records: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -91,27 +87,20 @@ def _of_values(result: Result, name: str, records: Sequence[Mapping[str, Any]]) 
     task = result.tasks[name]
     values = [record["values"].get(task.headline) for record in records if record["id"].startswith(f"{name}/")]
     numbers = np.array([value for value in values if isinstance(value, int | float)], dtype=np.float64)
-    if (
-        not len(numbers)
-        or len(numbers) != len(values)
-        or not np.isclose(numbers.mean(), task.metrics[task.headline].value)
-    ):
+    value = task.metrics[task.headline].value  # or a hundredth of it (`rows`)
+    mean = np.isclose(numbers.mean() * np.array([1.0, PERCENT]), value).any() if len(numbers) else False
+    if not mean or len(numbers) != len(values):
         raise Missing(f"{task.headline} of {name} is no mean over its documents")
     weights = np.concatenate([np.ones((1, len(numbers))), draw(len(numbers), result.seed)])
     return weights @ numbers / len(numbers)
 
 
-def _of_counts(result: Result, records: Sequence[Mapping[str, Any]], documents: Documents) -> dict[str, np.ndarray]:
+def _of_counts(result: Result, records: Sequence[Mapping[str, Any]], archive: Archive) -> dict[str, np.ndarray]:
     """From the answers, scored again."""
     from vlmfast.eval.tasks import task
 
     answers = {record["id"]: record["answer"] for record in records}
-    asked: dict[str, Sequence[Any]] = {}
-    for name in result.tasks:
-        docs = documents.of(result, name)
-        if isinstance(docs, str):
-            raise Missing(docs)
-        asked[name] = docs
+    asked = {name: archive.documents(result, name) for name in result.tasks}
     scenes = list(dict.fromkeys(doc.scene for docs in asked.values() for doc in docs))
     weights = np.concatenate([np.ones((1, len(scenes))), draw(len(scenes), result.seed, DRAWS)])
     found = {}

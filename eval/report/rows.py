@@ -16,6 +16,7 @@ from vlmfast.eval.results import Metric, Result
 CONTROLS = ("random", "grid")
 UNPATCHED = "unpatched"
 PLAIN_BEAMS = "plain beams"
+PLAIN = ("length",)  # metrics of our tasks that are no shares
 
 
 class Interval(NamedTuple):
@@ -119,6 +120,7 @@ class Section:
     rows: tuple[Row, ...]
     tasks: tuple[Task, ...]
     convention: str
+    plain: tuple[str, ...] = ()  # metrics (task, metric) that are no shares
     unranked: str = ""  # why the runs have no ranks
 
     @cached_property
@@ -160,11 +162,46 @@ def arrange(results: Sequence[Result]) -> list[Section]:
     labels = {line: line[0] if names.count(line[0]) == 1 else " ".join(line).strip() for line in lines}
     sections = []
     for key, group in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
+        group, plain = _as_shares(group)
         rows = _mark(sorted((_row(result, labels[line_label(result.spec)]) for result in group), key=_order))
         conventions = dict.fromkeys(str(r.cost["convention"]) for r in group if r.cost.get("convention"))
         title = _title(key, [other for other in groups if other[0] == key[0]])
-        sections.append(Section(title, str(key[0]), rows, _tasks(group), "; ".join(conventions)))
+        sections.append(Section(title, str(key[0]), rows, _tasks(group), "; ".join(conventions), plain))
     return sections
+
+
+PERCENT = 0.01
+
+
+def _as_shares(results: Sequence[Result]) -> tuple[list[Result], tuple[str, ...]]:
+    """The results, with metrics that are no shares in hundredths: written in %, they read as they are. -> also those
+
+    Only tasks of others have such metrics: a score of 1,523.4 points. The mean over tasks is one where a headline is.
+    """
+    entries = [(name, task) for result in results for name, task in result.tasks.items()]
+    plain = {(name, key) for name, task in entries for key, one in task.metrics.items() if abs(one.value) > 1}
+    plain -= {(name, key) for name, key in plain if key in PLAIN}
+    if not plain:
+        return list(results), ()
+    found = []
+    for result in results:
+        tasks = {
+            name: replace(
+                task,
+                metrics={
+                    key: _scaled(metric) if (name, key) in plain else metric for key, metric in task.metrics.items()
+                },
+            )
+            for name, task in result.tasks.items()
+        }
+        mean = any((name, task.headline) in plain for name, task in tasks.items())
+        found.append(replace(result, tasks=tasks, macro=_scaled(result.macro) if mean else result.macro))
+    return found, tuple(sorted(f"{key} of {name}" for name, key in plain))
+
+
+def _scaled(metric: Metric) -> Metric:
+    """A metric in hundredths."""
+    return Metric(**{name: None if value is None else PERCENT * value for name, value in vars(metric).items()})
 
 
 def line_label(spec: str) -> tuple[str, str]:

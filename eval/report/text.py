@@ -2,13 +2,10 @@
 
 from math import floor, log10
 
-from vlmfast.eval.report.rows import Interval, Place
+from vlmfast.eval.report.rows import PLAIN, Interval, Place
 
 MISSING = "–"  # noqa: RUF001
 MINUS = "−"  # noqa: RUF001
-
-
-PLAIN = ("length",)  # metrics that are no shares
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -21,9 +21,9 @@ from vlmfast.adapter import ATTENTION
 from vlmfast.adapters import from_spec, to_spec
 from vlmfast.cost import CONVENTION, CONVENTIONS, Cost, prefill_flops
 from vlmfast.eval import testbed
+from vlmfast.eval.planning import expand
 from vlmfast.eval.report.text import MISSING
 from vlmfast.eval.results import write_atomic
-from vlmfast.eval.runner import expand
 from vlmfast.eval.sweep import UNPATCHED
 from vlmfast.families import family_of
 from vlmfast.families.base import did_you_mean

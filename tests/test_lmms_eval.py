@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vlmfast.eval import report
 from vlmfast.eval.lmms.arguments import Arguments
 from vlmfast.eval.lmms.engine import Ask, Engine
 from vlmfast.eval.lmms.options import Options
@@ -273,6 +274,14 @@ def test_finished_runs_are_kept(finished, tasks, monkeypatch, capsys):
     runner.show(finished)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("hiprune:keep=0.4") for line in lines) and "v_choice" in lines[1]
+
+
+def test_the_page_of_their_tasks(finished, documents, tmp_path):
+    """Every task with its numbers, and the first documents with the answers of all runs."""
+    page = report.make(finished[0].parent, tmp_path, tables=False).page.read_text("utf-8")
+    assert all(f"lmms:{name}" in page for name in ("v_colour", "v_pair", "v_text", "v_choice", "v_hits"))
+    assert page.count('class="one"') >= len(documents)
+    assert "lmms-eval keeps the pictures of its tasks" in page and documents[0].prompt in page
 
 
 def test_another_run_is_not_taken_for_this_one(finished, tasks):

@@ -151,7 +151,7 @@ def test_without_answers_there_are_no_ranks_and_a_reason(folder):
     path.write_text("".join(f"{line}\n" for line in whole.splitlines()[:-1]))
     section = section_of(folder)
     assert "the answers of grid:keep=0.5 lack question caption/" in section.unranked
-    assert f"No ranks: {section.unranked}." in notes(section)
+    assert f"No ranks of some runs or tasks: {section.unranked}." in notes(section)
     assert all(row.place is None for row in section.rows)
 
 
@@ -174,4 +174,6 @@ def test_ranks_of_lmms_evals_tasks(tmp_path, better, first):
     stored = json.loads(odd.read_text())
     stored["tasks"]["lmms:pope"]["metrics"]["acc"]["value"] = 0.123
     odd.write_text(json.dumps(stored))
-    assert section_of(tmp_path).unranked == "acc of lmms:pope is no mean over its documents"
+    section = section_of(tmp_path)
+    assert section.unranked == "acc of lmms:pope is no mean over its documents"
+    assert not any(row.place or row.places for row in section.rows)

@@ -218,8 +218,8 @@ def solve_keep(
     if isinstance(share, bool) or not least * (1 - TOLERANCE) <= share <= 1:
         grid = "x".join(str(side) for side in picture.patches)
         raise ValueError(
-            f"a share of {share:.4g} of the unpatched FLOPs cannot be reached: with {text} text tokens and a picture of "
-            f"{grid} patches it lies between {least:.4f} (keep={low:.4g}) and 1.0"
+            f"a share of {share:.4g} of the unpatched FLOPs cannot be reached: with {text} text tokens and a picture "
+            f"of {grid} patches it lies between {least:.4f} (keep={low:.4g}) and 1.0"
         )
     for _ in range(60):  # bisection between two keeps that enclose the share: ends at a step of one token
         middle = (low + high) / 2

@@ -22,7 +22,7 @@ Draws = Mapping[str, np.ndarray]  # task -> headline metric, [1 + R]: as it is, 
 
 
 def ranked(sections: Sequence[Section], archive: Archive) -> list[Section]:
-    """The sections with the places of their runs; `Section.unranked` says why a section has none."""
+    """The sections with the places of their runs; `Section.unranked` says why some have none."""
     return [_ranked(section, archive) for section in sections]
 
 
@@ -32,14 +32,18 @@ def _ranked(section: Section, archive: Archive) -> Section:
         asked = tuple(sorted((name, task.hash) for name, task in row.result.tasks.items()))
         groups.setdefault((row.budget, asked), []).append(row)
     places: dict[str, tuple[Place | None, dict[str, Place]]] = {}
-    try:
-        for rows in groups.values():
-            if len(rows) > 1:
-                places |= _places(rows, [replicates(row.result, archive) for row in rows])
-    except Missing as error:
-        return replace(section, unranked=str(error))
+    missing: dict[str, None] = {}  # in order, each reason once
+    for rows in groups.values():
+        if len(rows) > 1:
+            try:
+                drawn = [replicates(row.result, archive, missing) for row in rows]
+            except Missing as error:
+                missing[str(error)] = None
+                continue
+            places |= _places(rows, drawn)
     return replace(
         section,
+        unranked="; ".join(missing),
         rows=tuple(
             replace(row, place=places[row.spec][0], places=places[row.spec][1]) if row.spec in places else row
             for row in section.rows
@@ -48,11 +52,12 @@ def _ranked(section: Section, archive: Archive) -> Section:
 
 
 def _places(rows: Sequence[Row], drawn: Sequence[Draws]) -> dict[str, tuple[Place | None, dict[str, Place]]]:
-    """Every run's place on the mean of the tasks, and on each of them, by spec."""
+    """Every run's place on the mean of the tasks, where all could be drawn, and on each of these, by spec."""
     directions = {name: task.better for name, task in rows[0].result.tasks.items()}
-    on_tasks = {name: places([better * one[name] for one in drawn]) for name, better in directions.items()}
+    known = [name for name in directions if all(name in one for one in drawn)]
+    on_tasks = {name: places([directions[name] * one[name] for one in drawn]) for name in known}
     means: list[Place | None] = [None] * len(rows)
-    if len(set(directions.values())) == 1:  # a mean of what should rise and what should fall says nothing
+    if len(known) == len(directions) and len(set(directions.values())) == 1:  # else their mean says nothing
         sign = next(iter(directions.values()))
         means = list(places([sign * np.mean(list(one.values()), axis=0) for one in drawn]))
     return {row.spec: (means[i], {name: found[i] for name, found in on_tasks.items()}) for i, row in enumerate(rows)}
@@ -70,16 +75,22 @@ def _better(one: np.ndarray, other: np.ndarray) -> bool:
     return interval(difference[:1], difference[1:])[1] > 0
 
 
-def replicates(result: Result, archive: Archive) -> dict[str, np.ndarray]:
+def replicates(result: Result, archive: Archive, missing: dict[str, None]) -> dict[str, np.ndarray]:
     """The headline metric of every task of a run, as it is and of every resample. [1 + R]
 
-    `Missing` where the answers, or what they are scored with, are not at hand.
+    missing: learns why a task of lmms-eval's is left out. `Missing` where the answers, or what ours are scored with,
+    are not at hand.
     """
     records = archive.answers(result)
-    theirs = [name.startswith(PREFIX) for name in result.tasks]
-    if all(theirs):
-        return {name: _of_values(result, name, records) for name in result.tasks}
-    return _of_counts(result, records, archive)
+    if not all(name.startswith(PREFIX) for name in result.tasks):
+        return _of_counts(result, records, archive)
+    found = {}
+    for name in result.tasks:
+        try:
+            found[name] = _of_values(result, name, records)
+        except Missing as error:
+            missing[str(error)] = None
+    return found
 
 
 def _of_values(result: Result, name: str, records: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -121,7 +121,7 @@ class Section:
     tasks: tuple[Task, ...]
     convention: str
     plain: tuple[str, ...] = ()  # metrics (task, metric) that are no shares
-    unranked: str = ""  # why the runs have no ranks
+    unranked: str = ""  # why some runs have no ranks
 
     @cached_property
     def baseline(self) -> Row | None:
@@ -201,7 +201,8 @@ def _as_shares(results: Sequence[Result]) -> tuple[list[Result], tuple[str, ...]
 
 def _scaled(metric: Metric) -> Metric:
     """A metric in hundredths."""
-    return Metric(**{name: None if value is None else PERCENT * value for name, value in vars(metric).items()})
+    values: dict[str, Any] = {name: value for name, value in vars(metric).items() if value is not None}
+    return Metric(**{name: PERCENT * value for name, value in values.items()})
 
 
 def line_label(spec: str) -> tuple[str, str]:

@@ -159,13 +159,13 @@ def budgets(section: Section) -> list[str]:
             f"Equal cost: keep was solved so that {len(rows)} runs take {text.percent(goal)} % of the unpatched "
             f"prefill FLOPs, tower and selection included; they took {reached}."
         )
-    if any(row.place for row in section.rows):
+    if any(row.place or row.places for row in section.rows):
         lines.append(
             "Rank: 1 + the number of runs of the same budget (equal cost, else equal keep) that are better, the 95 % "
             "interval of the paired difference above zero; = is a tie. Of twenty such comparisons one errs by luck."
         )
     if section.unranked:
-        lines.append(f"No ranks: {section.unranked}.")
+        lines.append(f"No ranks of some runs or tasks: {section.unranked}.")
     return lines
 
 

@@ -6,13 +6,14 @@ bytes over its bandwidth. No kernel reaches either, so they are the least a devi
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
@@ -32,6 +33,7 @@ from vlmfast.towers import Picture
 
 CONFIGS = Path(__file__).parent / "configs"
 BUNDLED = tuple(sorted(path.stem for path in CONFIGS.glob("*.json")))
+WHOLE = 500  # columns of a table that goes to a file
 BYTES = 2  # of a weight and of a cached number: 16 bits
 
 
@@ -221,36 +223,77 @@ def show(
     device: str | None,
     console: Console | None = None,
 ) -> None:
-    """Print the lines as a table."""
+    """Print the lines as a table; a file gets it whole."""
     console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=WHOLE, force_terminal=False, no_color=True)
     side = "x".join(map(str, picture.patches))
     console.print(
         f"{model}: {images} image(s) of {side} patches ({picture.span} placeholders each), {text} text tokens, "
         f"{generated} generated\nTFLOPs, {CONVENTION}",
         highlight=False,
     )
-    table = Table(box=None, pad_edge=False)
-    columns = ["method", "visual tokens", "tower", "projector", "selection", "prefill", "total", "share"]
-    columns += ["decode", "F2m", "F3m", "KV MiB"]
-    columns += [] if device is None else [f"TTFT ms on {device}*", "ms/token*"]
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if not number else "right", overflow="fold")
-    for line in found:
-        cost = line.cost
-        numbers = (cost.tower, cost.projector, cost.selection, cost.prefill, cost.total_prefill)
-        cells = [line.spec, f"{line.visual:.1f}", *(f"{one / 1e12:.3f}" for one in numbers), f"{line.share:.1%}"]
-        papers = [line.conventions.get(name) for name in ("F2m", "F3m")]
-        cells += [MISSING if one is None else f"{one / 1e12:.3f}" for one in (cost.decode, *papers)]
-        cells.append(f"{cost.kv_bytes / 2**20:.1f}")
-        if line.ttft_s is not None and line.token_s is not None:
-            cells += [f"{1e3 * line.ttft_s:.2f}", f"{1e3 * line.token_s:.2f}"]
-        table.add_row(*cells)
-    console.print(table)
+    heads = ["visual tokens", "tower", "projector", "selection", "prefill", "total", "share"]
+    heads += ["decode", "F2m", "F3m", "KV MiB"]
+    heads += [] if device is None else [f"TTFT ms on {device}*", "ms/token*"]
+    for table in tables(heads, {line.spec: cells_of(line) for line in found}, console):
+        console.print(table)
     console.print("F2m, F3m: the decoder's prefill alone, in multiply-adds, as papers count it.", highlight=False)
     if device is not None:
         console.print(
             "* an estimate: the roofline of the data sheet in 16 bits, which no kernel reaches.", highlight=False
         )
+
+
+def cells_of(line: Line) -> list[str]:
+    """A line's numbers as they are printed."""
+    cost = line.cost
+    numbers = (cost.tower, cost.projector, cost.selection, cost.prefill, cost.total_prefill)
+    cells = [f"{line.visual:.1f}", *(f"{one / 1e12:.3f}" for one in numbers), f"{line.share:.1%}"]
+    papers = [line.conventions.get(name) for name in ("F2m", "F3m")]
+    cells += [MISSING if one is None else f"{one / 1e12:.3f}" for one in (cost.decode, *papers)]
+    cells.append(f"{cost.kv_bytes / 2**20:.1f}")
+    if line.ttft_s is not None and line.token_s is not None:
+        cells += [f"{1e3 * line.ttft_s:.2f}", f"{1e3 * line.token_s:.2f}"]
+    return cells
+
+
+def tables(heads: Sequence[str], rows: Mapping[str, Sequence[str]], console: Console) -> list[Table]:
+    """One row a method; where that is too wide, a column a method, in as many tables as the width asks for."""
+    whole = table_of(["method", *heads], [[name, *cells] for name, cells in rows.items()])
+    if width_of(whole, console) <= console.width:
+        return [whole]
+    names, found = list(rows), []
+    while names:
+        some = names[:1]
+        while len(some) < len(names):
+            wider = names[: len(some) + 1]
+            if width_of(turned(heads, rows, wider), console) > console.width:
+                break
+            some = wider
+        found.append(turned(heads, rows, some))
+        names = names[len(some) :]
+    return found
+
+
+def width_of(table: Table, console: Console) -> int:
+    """Columns that a table would like to have."""
+    return Measurement.get(console, console.options.update(max_width=WHOLE), table).maximum
+
+
+def turned(heads: Sequence[str], rows: Mapping[str, Sequence[str]], names: Sequence[str]) -> Table:
+    """Some methods as columns."""
+    return table_of(["", *names], [[head, *(rows[name][i] for name in names)] for i, head in enumerate(heads)])
+
+
+def table_of(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table whose first column stands on the left and whose cells are not broken."""
+    table = Table(box=None, pad_edge=False)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if not number else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def as_data(model: str, found: Sequence[Line], **prompt: Any) -> dict[str, Any]:

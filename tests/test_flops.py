@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vlmfast.__main__ import app
@@ -184,3 +186,19 @@ def test_wrong_input(arguments: list[str], said: str) -> None:
     result = CliRunner().invoke(app, ["flops", *arguments])
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize("width", [200, 80])
+def test_the_table_is_whole_on_every_terminal(width):
+    """A line a method where there is room, else a column a method, in two tables; no number is cut."""
+    heads = [f"head {i}" for i in range(12)]
+    rows = {f"method-{j}:keep=0.33": [f"{100 * j + i}.125" for i in range(12)] for j in range(1, 6)}
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    found = flops.tables(heads, rows, console)
+    for table in found:
+        console.print(table)
+    printed = console.file.getvalue()
+    assert all(cell in printed for cells in rows.values() for cell in cells)
+    assert all(name in printed for name in rows) and "…" not in printed
+    assert all(len(line) <= width for line in printed.splitlines())
+    assert len(found) == (1 if width == 200 else 2)

@@ -1,6 +1,7 @@
 """The report on made-up results: every run present, nothing from outside, everything escaped."""
 
 import base64
+import csv
 import dataclasses
 import io
 import json
@@ -17,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 
 from vlmfast.eval import overlay, report, results
-from vlmfast.eval.report import page, plot, text
+from vlmfast.eval.report import export, page, plot, text
 from vlmfast.eval.report.rows import Interval, arrange, line_label
 from vlmfast.eval.report.table import notes, print_tables
 from vlmfast.eval.results import Metric, Result, TaskResult, load_results
@@ -437,6 +438,9 @@ class TestPage:
         assert text.percent(sections[0].rows[0].tasks["lmms:pope"].value) == "75.0"
         assert text.percent(sections[0].rows[0].accuracy.value) == "762.0"
         assert "Not in %, but in their own units: points of lmms:mme." in notes(sections[0])
+        (line,) = csv.DictReader(export.written(sections).splitlines())
+        numbers = [float(line[name]) for name in ("lmms:mme points", "lmms:pope accuracy", "accuracy")]
+        assert numbers == pytest.approx([1523.4, 0.75, 762.0])
         assert not arrange(sweep(models=("m",), keeps=(0.5,)))[0].plain
 
     def test_everything_is_escaped(self, undrawn):
@@ -484,6 +488,19 @@ class TestMake:
         (tmp_path / "m--none.json").write_text("{")
         with pytest.raises(ValueError, match="m--none.json"):
             report.make(tmp_path)
+
+
+class TestNumbers:
+    def test_every_run_with_its_numbers(self, made):
+        lines = list(csv.DictReader(made.paths.numbers.read_text("utf-8").splitlines()))
+        rows = [(section.title, row) for section in arrange(load_results(made.folder)) for row in section.rows]
+        assert len(lines) == len(rows)
+        for line, (title, row) in zip(lines, rows):
+            assert (line["model"], line["spec"], line["keep"]) == (title, row.spec, str(row.result.keep or ""))
+            assert float(line["accuracy"]) == row.accuracy.value and float(line["prefill_flops"]) == row.flops
+            assert float(line["word accuracy high"]) == row.tasks["word"].high
+            assert float(line["existence accuracy/b"]) == row.result.tasks["existence"].metrics["accuracy/b"].value
+            assert line["difference low"] == ("" if row.difference is None else str(row.difference.low))
 
 
 class TestText:

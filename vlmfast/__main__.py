@@ -298,8 +298,9 @@ def evaluate(
 ) -> None:
     """Score methods: accuracy, FLOPs, latency.
 
-    Writes one JSON a run, and ends with a table, a Pareto picture (PNG) and one HTML page. Without options it is the
-    main job: both testbed models, two controls and two methods. Finished runs are kept, interrupted ones go on.
+    Writes one JSON a run, and ends with a table, one HTML page, a Pareto picture (PNG) and a CSV file. Without options
+    it is the main job: both testbed models, two controls and two methods. Finished runs are kept, interrupted ones go
+    on.
     """
     keeps = parse_keeps(keep)
     shares = parse_shares(flops) if flops is not None else []
@@ -528,10 +529,11 @@ examples:
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that vlmfast eval wrote.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where pareto.png and report.html go (default: the first DIR).")
+        Path | None,
+        typer.Option(metavar="DIR", help="Where report.html, pareto.png, runs.csv go (default: the first DIR)."),
     ] = None,
 ) -> None:
-    """Print the table, write picture and page again."""
+    """Print the table, write page, picture and CSV again."""
     from vlmfast.eval.report import make
 
     make(folders, out)

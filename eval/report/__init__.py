@@ -1,4 +1,4 @@
-"""Reports from result files: table, Pareto picture, one self-contained page."""
+"""Reports from result files: table, Pareto picture, one self-contained page, all numbers as CSV."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ class Paths(NamedTuple):
 
     picture: Path
     page: Path
+    numbers: Path
 
 
 def make(
@@ -23,14 +24,14 @@ def make(
     console: "Console | None" = None,
     tables: bool = True,
 ) -> Paths:
-    """Report on all finished runs of one or more folders: print the table, write pareto.png and report.html.
+    """Report on all finished runs of one or more folders: print the table; write pareto.png, report.html, runs.csv.
 
-    ``out``: folder for both files, made if need be (default: the first of ``folders``); ``tables``: whether to print
+    ``out``: folder for the files, made if need be (default: the first of ``folders``); ``tables``: whether to print
     them. Raises what ``vlmfast.eval.results.load_results`` raises for a folder without results or a damaged file.
     """
     from rich.console import Console
 
-    from vlmfast.eval.report import page, plot, ranks, rows, table
+    from vlmfast.eval.report import export, page, plot, ranks, rows, table
     from vlmfast.eval.report.archive import Archive
     from vlmfast.eval.results import load_results, write_atomic
 
@@ -39,11 +40,13 @@ def make(
     sections = ranks.ranked(rows.arrange(load_results(folders)), archive)
     target = Path(out or folders[0])
     target.mkdir(parents=True, exist_ok=True)
-    paths = Paths(target / "pareto.png", target / "report.html")
+    paths = Paths(target / "pareto.png", target / "report.html", target / "runs.csv")
     paths.picture.write_bytes(plot.draw(sections))
     write_atomic(paths.page, page.render(sections, archive))
+    write_atomic(paths.numbers, export.written(sections))
     console = console or Console()
     if tables:
         table.print_tables(sections, console)
-    console.print(f"\npicture  {paths.picture}\npage     {paths.page}", highlight=False, soft_wrap=True)
+    told = f"\npicture  {paths.picture}\npage     {paths.page}\nnumbers  {paths.numbers}"
+    console.print(told, highlight=False, soft_wrap=True)
     return paths

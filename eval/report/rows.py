@@ -120,7 +120,7 @@ class Section:
     rows: tuple[Row, ...]
     tasks: tuple[Task, ...]
     convention: str
-    plain: tuple[str, ...] = ()  # metrics (task, metric) that are no shares
+    plain: tuple[tuple[str, str], ...] = ()  # (task, metric) that are no shares: `PERCENT` of what they are
     unranked: str = ""  # why some runs have no ranks
 
     @cached_property
@@ -132,6 +132,11 @@ class Section:
     def beams(self) -> int:
         """Beams of the unpatched run, and of methods that do not need more."""
         return self.rows[0].result.beams
+
+    @property
+    def plain_mean(self) -> bool:
+        """Whether the mean over the tasks is no share."""
+        return any((task.name, task.headline) in self.plain for task in self.tasks)
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
@@ -173,7 +178,7 @@ def arrange(results: Sequence[Result]) -> list[Section]:
 PERCENT = 0.01
 
 
-def _as_shares(results: Sequence[Result]) -> tuple[list[Result], tuple[str, ...]]:
+def _as_shares(results: Sequence[Result]) -> tuple[list[Result], tuple[tuple[str, str], ...]]:
     """The results, with metrics that are no shares in hundredths: written in %, they read as they are. -> also those
 
     Only tasks of others have such metrics: a score of 1,523.4 points. The mean over tasks is one where a headline is.
@@ -196,7 +201,7 @@ def _as_shares(results: Sequence[Result]) -> tuple[list[Result], tuple[str, ...]
         }
         mean = any((name, task.headline) in plain for name, task in tasks.items())
         found.append(replace(result, tasks=tasks, macro=_scaled(result.macro) if mean else result.macro))
-    return found, tuple(sorted(f"{key} of {name}" for name, key in plain))
+    return found, tuple(sorted(plain))
 
 
 def _scaled(metric: Metric) -> Metric:

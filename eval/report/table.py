@@ -134,7 +134,8 @@ def notes(section: Section) -> list[str]:
         lines.append(f"FLOPs and KV are means per prompt. {section.convention}.")
     lines.append("Tokens: visual tokens of a picture, mean over the layers of the language model.")
     if section.plain:
-        lines.append(f"Not in %, but in their own units: {', '.join(section.plain)}.")
+        names = (f"{metric} of {task}" for task, metric in section.plain)
+        lines.append(f"Not in %, but in their own units: {', '.join(names)}.")
     lines += budgets(section)
     if any(row.speedup for row in section.rows):
         lines.append("Speed-up: unpatched TTFT over this TTFT, both measured in turns in one process.")

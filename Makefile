@@ -74,5 +74,5 @@ bench: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[eval,train,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[eval,train,demo,dev]'
 	touch $@

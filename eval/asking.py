@@ -1,4 +1,8 @@
-"""``vlmfast run``: one question about one picture, without and with some methods."""
+"""One question about one picture, without and with some methods: what `vlmfast run` and `vlmfast demo` share.
+
+`prepare` reads question and picture once, `answer` generates and times under one spec, `drawn` shows what it kept.
+`run` does all that for the command line.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 import vlmfast
 from vlmfast import Report
@@ -31,6 +36,22 @@ from vlmfast.towers import Picture, size_of
 UNPATCHED = "none"
 TIMED_TOKENS = 8  # tokens per timed generation
 SMALL = 500_000_000  # parameters up to which one CPU thread is fast enough: its process time minds no other program
+HEADS = ("visual\ntokens", "mean\na layer", "prefill\nFLOPs %", "TTFT\nms", "prefill\nms", "decode\nms/token")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a picture as one model reads it.
+
+    picture: what of it the model sees. inputs: the processor's, on the model's device. size: the picture's, for the
+    cost model; text: tokens beside it. unknown: words that the tokenizer has no token for.
+    """
+
+    picture: Image.Image
+    inputs: dict[str, Tensor]
+    size: Picture
+    text: int
+    unknown: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +77,7 @@ def open_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"{path} cannot be read as an image: {reason}") from error
 
@@ -96,46 +117,59 @@ def run(
     console = console or Console()
     picture, specs = open_image(image), specs_of(methods)
     check_target(out)
-    network, processor = load_model(model, device=device, dtype=dtype)
-    if processor.chat_template is None:
-        raise ValueError(f"the processor of {model} has no chat template, so vlmfast run cannot phrase the prompt")
-    inputs = Prompts(processor, network.device, network.dtype).full(prompt, np.asarray(picture))
-    size = picture_size(network, inputs)
-    text_tokens = inputs["input_ids"].shape[1] - size.span
+    network, processor = load_asked(model, device=device, dtype=dtype)
+    question = prepare(network, processor, picture, prompt)
     outcomes = []
     with console.status("answering ...") as status:
         for spec in [UNPATCHED, *specs]:
             status.update(f"answering with {spec} ...")
-            outcomes.append(answer(network, processor, inputs, spec, max_new_tokens, repeats, size, text_tokens))
-    _print(outcomes, console)
+            outcomes.append(answer(network, processor, question, spec, max_new_tokens, repeats))
+    _print(question, outcomes, console)
     pruned = [outcome for outcome in outcomes if outcome.report.images]
     if not pruned:
         console.print("\nno token was dropped: no picture of kept tokens is written", highlight=False)
         return outcomes
-    if len(pruned[0].report.images[0].views) == 1:  # a thumbnail and crops show all of the picture
-        picture = visible(picture, processor.image_processor)
-    save_overlay(picture, pruned, out)
+    save_overlay(question, pruned, out)
     console.print(f"\nkept tokens  {out}", highlight=False, soft_wrap=True)
     return outcomes
 
 
-def picture_size(model: Any, inputs: dict[str, torch.Tensor]) -> Picture:
-    """The one picture of a prompt by its sizes."""
+def load_asked(name: str, *, device: str, dtype: str) -> tuple[Any, Any]:
+    """A model that can be asked, and its processor; errors as in `load_model`, ValueError without a chat template."""
+    model, processor = load_model(name, device=device, dtype=dtype)
+    if processor.chat_template is None:
+        raise ValueError(f"the processor of {name} has no chat template, so the prompt cannot be phrased")
+    return model, processor
+
+
+def prepare(model: Any, processor: Any, picture: Image.Image, prompt: str) -> Question:
+    """Read a question and its picture, RGB. ValueError for an empty question."""
+    if not prompt.strip():
+        raise ValueError("the question is empty")
+    inputs = Prompts(processor, model.device, model.dtype).full(prompt, np.asarray(picture))
     visual = encode_images(model, [], **image_inputs(unwrap(model), inputs))[0]
-    return size_of(visual.patches, visual.views, visual.span)
+    if len(visual.views) == 1:  # a thumbnail and crops show all of the picture
+        picture = visible(picture, processor.image_processor)
+    text_tokens = inputs["input_ids"].shape[1] - visual.span
+    size = size_of(visual.patches, visual.views, visual.span)
+    return Question(picture, inputs, size, text_tokens, unknown_words(processor.tokenizer, prompt))
+
+
+def unknown_words(tokenizer: Any, prompt: str) -> tuple[str, ...]:
+    """The words of a prompt that the tokenizer replaces by its sign for what it does not know, each once."""
+    sign = tokenizer.unk_token_id
+    return tuple(
+        word
+        for word in dict.fromkeys(prompt.split())
+        if sign is not None and sign in tokenizer(word, add_special_tokens=False)["input_ids"]
+    )
 
 
 def answer(
-    model: Any,
-    processor: Any,
-    inputs: dict[str, torch.Tensor],
-    spec: str,
-    max_new_tokens: int,
-    repeats: int,
-    size: Picture,
-    text_tokens: int,
+    model: Any, processor: Any, question: Question, spec: str, max_new_tokens: int, repeats: int
 ) -> Outcome:
-    """Generate under a spec, greedily or with the beams it needs, then time the same prompt. size: of its picture."""
+    """Generate under a spec, greedily or with the beams it needs, then time the same prompt."""
+    inputs, size = question.inputs, question.size
     with vlmfast.patch(model, spec) as handle, torch.no_grad():
         beams = beams_of(handle.adapters)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=beams)
@@ -153,7 +187,7 @@ def answer(
     kept, per_layer, share = sum(image.kept for image in report.images), report.per_layer, report.share
     if not report.prompts:  # nothing was dropped, and so nothing of it is told
         kept, per_layer = size.span, (size.span,)
-        plain, own = (cost_of(model.config, methods, text_tokens, [size]) for methods in ((), from_spec(spec)))
+        plain, own = (cost_of(model.config, methods, question.text, [size]) for methods in ((), from_spec(spec)))
         share = own.total_prefill / plain.total_prefill
     return Outcome(
         spec,
@@ -166,61 +200,85 @@ def answer(
     )
 
 
-def save_overlay(picture: Image.Image, outcomes: Sequence[Outcome], path: Path) -> None:
+def drawn(question: Question, outcome: Outcome) -> Image.Image:
+    """The picture with what a spec kept of it, of one size for all specs; as it is where nothing can be dropped."""
+    if not outcome.report.images:
+        return overlay(question.picture, [0], (1, 1, 1))
+    seen = outcome.report.images[0]
+    return overlay(question.picture, seen.indices.tolist(), seen.grid, seen.views)
+
+
+def save_overlay(question: Question, outcomes: Sequence[Outcome], path: Path) -> None:
     """Write one PNG: the kept tokens of every spec, each under its name, three in a line."""
     font = ImageFont.load_default(size=16)
     panels = []
     for outcome in outcomes:
         seen = outcome.report.images[0]
-        drawn = overlay(picture, seen.indices.tolist(), seen.grid, seen.views)
-        panels.append((f"{outcome.spec}: {seen.kept} of {seen.n}", drawn))
+        panels.append((f"{outcome.spec}: {seen.kept} of {seen.n}", drawn(question, outcome)))
     gap, head, columns = 16, 28, min(3, len(panels))
-    width = max(max(drawn.width, round(font.getlength(title))) for title, drawn in panels) + gap
+    width = max(max(panel.width, round(font.getlength(title))) for title, panel in panels) + gap
     height = panels[0][1].height + head + gap
     sheet = Image.new("RGB", (width * columns + gap, height * -(-len(panels) // columns)), "white")
     brush = ImageDraw.Draw(sheet)
-    for i, (title, drawn) in enumerate(panels):
+    for i, (title, panel) in enumerate(panels):
         left, top = gap + width * (i % columns), height * (i // columns)
         brush.text((left, top + 5), title, fill="black", font=font)
-        sheet.paste(drawn, (left, top + head))
+        sheet.paste(panel, (left, top + head))
     sheet.save(path, format="PNG")
 
 
-def _print(outcomes: Sequence[Outcome], console: Console) -> None:
+def figures(outcome: Outcome) -> tuple[str, ...]:
+    """What a spec left and what it costs, in the order of `HEADS`."""
+    decode = outcome.latency.decode_ms_per_token
+    return (
+        str(outcome.kept),
+        f"{outcome.per_layer:.1f}",
+        text.percent(outcome.share),
+        text.number(outcome.latency.ttft_ms.median),
+        text.number(outcome.latency.prefill_ms.median),
+        text.number(None if decode is None else decode.median),
+    )
+
+
+def conventions(outcome: Outcome) -> tuple[str, str]:
+    """How the FLOPs of `figures` are counted, and how its times were taken."""
+    latency = outcome.latency
+    return (
+        f"FLOPs: prefill with the vision tower. {CONVENTION}.",
+        f"Times: median of {latency.repeats} readings, {latency.clock}, {latency.device}, threads: {latency.threads}. "
+        "TTFT includes the vision tower, prefill does not.",
+    )
+
+
+def notes(question: Question, outcomes: Sequence[Outcome]) -> list[str]:
+    """What a user should know of the question and of what the specs did, each thing once."""
+    found = dict.fromkeys(note for outcome in outcomes for note in outcome.report.notes)
+    if question.unknown:
+        words = ", ".join(map(repr, question.unknown))
+        return [f"the tokenizer has no token for {words}: the model reads an unknown word there", *found]
+    return list(found)
+
+
+def named(spec: str) -> str:
+    """What a spec is called in front of a user."""
+    return "unpatched" if spec == UNPATCHED else spec
+
+
+def _print(question: Question, outcomes: Sequence[Outcome], console: Console) -> None:
     """The answers, then what they cost."""
     answers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     answers.add_column(no_wrap=True)
     for outcome in outcomes:
-        answers.add_row(Text(_name(outcome.spec), style="bold"), Text(outcome.answer))
+        answers.add_row(Text(named(outcome.spec), style="bold"), Text(outcome.answer))
     console.print(answers)
     costs = Table(box=box.SIMPLE_HEAD, show_edge=False)
     costs.add_column("")
-    for head in ("visual\ntokens", "mean\na layer", "prefill\nFLOPs %", "TTFT\nms", "prefill\nms", "decode\nms/token"):
+    for head in HEADS:
         costs.add_column(head, justify="right")
     for outcome in outcomes:
-        decode = outcome.latency.decode_ms_per_token
-        costs.add_row(
-            Text(_name(outcome.spec)),
-            str(outcome.kept),
-            f"{outcome.per_layer:.1f}",
-            text.percent(outcome.share),
-            text.number(outcome.latency.ttft_ms.median),
-            text.number(outcome.latency.prefill_ms.median),
-            text.number(None if decode is None else decode.median),
-        )
+        costs.add_row(Text(named(outcome.spec)), *figures(outcome))
     console.print()
     console.print(costs)
-    first = outcomes[0].latency
-    console.print(
-        f"FLOPs: prefill with the vision tower. {CONVENTION}.\n"
-        f"Times: median of {first.repeats} readings, {first.clock}, {first.device}, threads: {first.threads}. "
-        "TTFT includes the vision tower, prefill does not.",
-        style="dim",
-        highlight=False,
-    )
-    for note in dict.fromkeys(note for outcome in outcomes for note in outcome.report.notes):
+    console.print("\n".join(conventions(outcomes[0])), style="dim", highlight=False)
+    for note in notes(question, outcomes):
         console.print(f"Note: {note}", highlight=False)
-
-
-def _name(spec: str) -> str:
-    return "unpatched" if spec == UNPATCHED else spec

@@ -23,7 +23,7 @@ from vlmfast import Report
 from vlmfast.adapters import from_spec, to_spec
 from vlmfast.cost import CONVENTION
 from vlmfast.encoding import encode_images
-from vlmfast.eval.latency import Latency, image_inputs, measure
+from vlmfast.eval.latency import Latency, image_inputs, measure, use_threads
 from vlmfast.eval.models import load_model
 from vlmfast.eval.overlay import overlay, visible
 from vlmfast.eval.prompts import Prompts
@@ -165,12 +165,11 @@ def unknown_words(tokenizer: Any, prompt: str) -> tuple[str, ...]:
     )
 
 
-def answer(
-    model: Any, processor: Any, question: Question, spec: str, max_new_tokens: int, repeats: int
-) -> Outcome:
+def answer(model: Any, processor: Any, question: Question, spec: str, max_new_tokens: int, repeats: int) -> Outcome:
     """Generate under a spec, greedily or with the beams it needs, then time the same prompt."""
     inputs, size = question.inputs, question.size
-    with vlmfast.patch(model, spec) as handle, torch.no_grad():
+    threads = 1 if model.num_parameters() <= SMALL else torch.get_num_threads()
+    with vlmfast.patch(model, spec) as handle, torch.no_grad(), use_threads(threads):
         beams = beams_of(handle.adapters)
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=beams)
         report = handle.report()
@@ -179,7 +178,7 @@ def answer(
             inputs,
             new_tokens=min(TIMED_TOKENS, max_new_tokens),
             repeats=repeats,
-            threads=1 if model.num_parameters() <= SMALL else torch.get_num_threads(),
+            threads=threads,
             memory=False,
             beams=beams,
         )
@@ -250,16 +249,20 @@ def conventions(outcome: Outcome) -> tuple[str, str]:
     )
 
 
-def notes(question: Question, outcomes: Sequence[Outcome]) -> list[str]:
-    """What a user should know of the question and of what the specs did, each thing once."""
-    found = dict.fromkeys(note for outcome in outcomes for note in outcome.report.notes)
-    if question.unknown:
-        words = ", ".join(map(repr, question.unknown))
-        return [f"the tokenizer has no token for {words}: the model reads an unknown word there", *found]
-    return list(found)
+def notes(outcomes: Sequence[Outcome]) -> list[str]:
+    """What a user should know of what the specs did, each thing once."""
+    return list(dict.fromkeys(note for outcome in outcomes for note in outcome.report.notes))
 
 
-def named(spec: str) -> str:
+def misread(question: Question) -> str | None:
+    """What a user should know of a question with words that the model has never met; None where there are none."""
+    if not question.unknown:
+        return None
+    words = ", ".join(map(repr, question.unknown))
+    return f"the tokenizer has no token for {words}: the model reads an unknown word there"
+
+
+def called(spec: str) -> str:
     """What a spec is called in front of a user."""
     return "unpatched" if spec == UNPATCHED else spec
 
@@ -269,16 +272,16 @@ def _print(question: Question, outcomes: Sequence[Outcome], console: Console) ->
     answers = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     answers.add_column(no_wrap=True)
     for outcome in outcomes:
-        answers.add_row(Text(named(outcome.spec), style="bold"), Text(outcome.answer))
+        answers.add_row(Text(called(outcome.spec), style="bold"), Text(outcome.answer))
     console.print(answers)
     costs = Table(box=box.SIMPLE_HEAD, show_edge=False)
     costs.add_column("")
     for head in HEADS:
         costs.add_column(head, justify="right")
     for outcome in outcomes:
-        costs.add_row(Text(named(outcome.spec)), *figures(outcome))
+        costs.add_row(Text(called(outcome.spec)), *figures(outcome))
     console.print()
     console.print(costs)
     console.print("\n".join(conventions(outcomes[0])), style="dim", highlight=False)
-    for note in notes(question, outcomes):
+    for note in filter(None, (misread(question), *notes(outcomes))):
         console.print(f"Note: {note}", highlight=False)

@@ -1,4 +1,4 @@
-"""Command line: ``vlmfast list | run | sinks | eval | heads | rank-layers | bench | flops | report``.
+"""Command line: ``vlmfast list | run | demo | sinks | eval | heads | rank-layers | bench | flops | report``.
 
 The only core file that may import upwards, and only inside the commands: help must not wait for torch.
 """
@@ -20,7 +20,7 @@ METHODS = ["none", "random", "grid", "fastervlm:fallback=received", "hiprune"]
 KEEPS = "1.0,0.5,0.33,0.2,0.11"
 TOPICS = ("methods", "families", "tasks")
 EXTRAS = {"jinja2": "eval", "matplotlib": "eval", "sklearn": "eval", "psutil": "eval", "datasets": "eval"}
-EXTRAS |= {"lmms_eval": "lmms"}
+EXTRAS |= {"lmms_eval": "lmms", "gradio": "demo", "fastapi": "demo", "uvicorn": "demo"}
 FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -200,6 +200,47 @@ def run(
         repeats=repeats,
         device=device or best_device(),
         dtype=dtype,
+    )
+
+
+@app.command(
+    epilog="""\b
+examples:
+  vlmfast demo
+  vlmfast demo --model testbed:qwen2_5_vl --port 8000 --open
+  vlmfast demo --model llava-hf/llava-1.5-7b-hf --device cuda --dtype bfloat16
+""",
+)
+def demo(
+    model: Model = TESTBED[0],
+    adapter: Adapter = None,
+    max_new_tokens: Annotated[int, _number("Longest answer.")] = 64,
+    repeats: Repeats = 3,
+    host: Annotated[
+        str, typer.Option(metavar="NAME", help="Who reaches the page: 127.0.0.1, this machine alone; 0.0.0.0, all.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Where it is served.")] = 7860,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser, too.")] = False,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Ask a model on a page in the browser.
+
+    A picture, a question and methods: answers, kept tokens, FLOPs and times side by side. The page asks nobody outside
+    of this machine, and uploaded pictures are gone when it is closed.
+    """
+    from vlmfast.eval.demo import serving
+    from vlmfast.eval.models import with_adapter
+
+    serving.serve(
+        with_adapter(model, adapter),
+        host=host,
+        port=port,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        device=device or best_device(),
+        dtype=dtype,
+        browse=open_,
     )
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
@@ -115,6 +116,13 @@ def _data_uri(question: Question, outcome: Outcome) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def broken(spec: str) -> Any:
+    """What a spec is called, as HTML that may go on in a new line behind its signs."""
+    from markupsafe import Markup
+
+    return Markup("<wbr>").join(re.split(r"(?<=[,:+])", called(spec)))
+
+
 def render(progress: Progress) -> str:
     """Cards side by side, the table, the notes, as HTML; everything that came from outside is escaped."""
     from jinja2 import Environment, StrictUndefined
@@ -127,5 +135,6 @@ def render(progress: Progress) -> str:
         figures=figures,
         conventions=conventions,
         called=called,
+        broken=broken,
         notes=notes,
     )

@@ -57,9 +57,11 @@ def build(room: Room, title: str, folder: Path) -> gr.Blocks:
                     height=270,
                     elem_id="picture",
                 )
-                picture.preprocess = file_of  # vlmfast reads the file as it came, and says what is wrong with it
+                # vlmfast reads the file as it came, and says what is wrong with it. Not as a subclass: for those Gradio
+                # writes a .pyi beside the source.
+                picture.preprocess = file_of  # type: ignore[method-assign]
             with gr.Column(min_width=280, scale=2):
-                question = gr.Textbox(scenes[0][1], label="Question", max_lines=4)
+                question = gr.Textbox(scenes[0][1], label="Question", max_lines=4, elem_id="question")
                 methods = gr.Dropdown(
                     list(offered.items()),
                     value=[offered[name] for name in FIRST if name in offered],
@@ -104,7 +106,7 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_dark="*primary_600",
-        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_background_fill_hover_dark="*primary_700",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_400",
         block_info_text_color="*neutral_600",

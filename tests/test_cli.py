@@ -24,7 +24,8 @@ from vlmfast.eval.tasks import TASKS
 from vlmfast.eval.testbed.build import new_model, new_processor
 from vlmfast.families import FAMILIES
 
-HELPS = [[], *([name] for name in ["list", "run", "demo", "eval", "bench", "report", "sinks", "heads", "flops", "rank-layers"])]
+COMMANDS = ("list", "run", "demo", "eval", "bench", "report", "sinks", "heads", "flops", "rank-layers")
+HELPS = [[], *([name] for name in COMMANDS)]
 
 
 def call(*arguments, **kwargs):

@@ -57,8 +57,8 @@ def build(room: Room, title: str, folder: Path) -> gr.Blocks:
                     height=270,
                     elem_id="picture",
                 )
-                # vlmfast reads the file as it came, and says what is wrong with it. Not as a subclass: for those Gradio
-                # writes a .pyi beside the source.
+                # vlmfast reads the file as it came, and says what is wrong with it. Not in a subclass: Gradio would
+                # write a .pyi of it beside the source.
                 picture.preprocess = file_of  # type: ignore[method-assign]
             with gr.Column(min_width=280, scale=2):
                 question = gr.Textbox(scenes[0][1], label="Question", max_lines=4, elem_id="question")

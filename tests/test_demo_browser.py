@@ -225,6 +225,17 @@ def test_two_tabs(demo):
     assert at_once == one_by_one and at_once[0] != at_once[1]
 
 
+def test_asking_again_meanwhile(demo):
+    """What was asked last is answered last."""
+    with browser.open_page(demo.url) as page:
+        ask(page, "read the word .")
+        page.locator(".card.waiting").first.wait_for()
+        page.get_by_label("Other methods").fill("grid")
+        ask(page, "read the number .")
+        page.locator(".card[data-spec='grid:keep=0.33']").wait_for()
+        assert answered(page, *SPECS, "grid:keep=0.33")[0].replace(" ", "").isdigit()
+
+
 def test_a_tab_that_is_closed_while_it_waits(demo):
     """Its answer goes on in the background for a moment; the next one does not meet a patched model."""
     with browser.open_page(demo.url) as page:

@@ -94,6 +94,7 @@ def build(room: Room, title: str, folder: Path) -> gr.Blocks:
             [picture, question, methods, keep, typed],
             answers,
             concurrency_limit=1,
+            trigger_mode="always_last",  # what is asked meanwhile comes next
             api_visibility="private",
         )
     return page

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from vlmfast.composite import checked
 from vlmfast.decoders import Attention, decoder
-from vlmfast.eval.demo import open_image
+from vlmfast.eval.asking import open_image
 from vlmfast.eval.heads import held_out
 from vlmfast.eval.latency import use_threads
 from vlmfast.eval.models import DTYPES, check_device, load_model, model_folder

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 import vlmfast
-from vlmfast.eval.demo import open_image
+from vlmfast.eval.asking import open_image
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts
 

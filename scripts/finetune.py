@@ -9,7 +9,8 @@ one JSON or YAML file may stand for all options. `vlmfast eval --adapter FOLDER`
 
 import sys
 
-from vlmfast.__main__ import INTERRUPTED, TOLD, complain, raised_on_purpose
+from vlmfast.__main__ import INTERRUPTED, complain
+from vlmfast.complaints import TOLD, raised_on_purpose
 
 
 def main() -> int:

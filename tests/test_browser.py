@@ -72,6 +72,16 @@ def test_a_page_at_fault(page_of, text, told):
 
 
 @pytest.mark.browser
+def test_faults_that_a_test_provokes(page_of):
+    twice = "<script>console.error('mine'); console.error('yours')</script>"
+    with page_of(twice, provoked=["mine", "yours"]):
+        pass
+    with pytest.raises(pytest.fail.Exception, match="console: yours") as failed, page_of(twice, provoked=["mine"]):
+        pass
+    assert "mine" not in str(failed.value)
+
+
+@pytest.mark.browser
 def test_further_tabs_are_watched(page_of):
     with pytest.raises(pytest.fail.Exception, match="console: broken"), page_of(FINE.format(width=9)) as page:
         page.context.new_page().evaluate("console.error('broken')")

@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 import vlmfast
 from vlmfast import __main__ as cli
 from vlmfast.adapters import ADAPTERS
-from vlmfast.eval import bench, demo, report, runner, sweep
+from vlmfast.eval import asking, bench, report, runner, sweep
 from vlmfast.eval.results import load_results
 from vlmfast.eval.tasks import TASKS
 from vlmfast.eval.testbed.build import new_model, new_processor
 from vlmfast.families import FAMILIES
 
-HELPS = [[], ["list"], ["run"], ["eval"], ["bench"], ["report"], ["sinks"], ["heads"], ["flops"], ["rank-layers"]]
+COMMANDS = ("list", "run", "demo", "eval", "bench", "report", "sinks", "heads", "flops", "rank-layers")
+HELPS = [[], *([name] for name in COMMANDS)]
 
 
 def call(*arguments, **kwargs):
@@ -393,7 +394,7 @@ class TestErrors:
         def fail(*args, **kwargs):
             raise error
 
-        monkeypatch.setattr(demo, "run", fail)
+        monkeypatch.setattr(asking, "run", fail)
         return call("run", "--model", "m", "--image", "i", "--prompt", "p", "--method", "grid")
 
     def test_faults_keep_their_traceback(self, monkeypatch):
@@ -403,7 +404,7 @@ class TestErrors:
         assert self.fail_with(monkeypatch, error).exception is error
 
     def test_errors_of_torch_inside_our_code_keep_their_traceback(self, monkeypatch):
-        monkeypatch.setattr(demo, "run", lambda *args, **kwargs: runner.cores(1))
+        monkeypatch.setattr(asking, "run", lambda *args, **kwargs: runner.cores(1))
         result = call("run", "--model", "m", "--image", "i", "--prompt", "p", "--method", "grid")
         assert isinstance(result.exception, TypeError)
 

@@ -1,4 +1,4 @@
-"""Command line: ``vlmfast list | run | sinks | eval | heads | rank-layers | bench | flops | report``.
+"""Command line: ``vlmfast list | run | demo | sinks | eval | heads | rank-layers | bench | flops | report``.
 
 The only core file that may import upwards, and only inside the commands: help must not wait for torch.
 """
@@ -8,21 +8,21 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from vlmfast.complaints import TOLD, system_error, told
 
 TESTBED = ["testbed:llava", "testbed:qwen2_5_vl"]
 METHODS = ["none", "random", "grid", "fastervlm:fallback=received", "hiprune"]
 KEEPS = "1.0,0.5,0.33,0.2,0.11"
 TOPICS = ("methods", "families", "tasks")
 EXTRAS = dict.fromkeys(("jinja2", "matplotlib", "plotly", "sklearn", "psutil", "datasets"), "eval")
-EXTRAS |= {"lmms_eval": "lmms"}
+EXTRAS |= {"lmms_eval": "lmms", "gradio": "demo", "fastapi": "demo", "uvicorn": "demo"}
 FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-TOLD = (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError)  # errors that vlmfast raises on purpose
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -56,12 +56,13 @@ class OneLine(TyperGroup):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 code = 1
             else:
-                code = complain(_system_error(error), FAILED if error.errno in FULL else WRONG)
+                code = complain(system_error(error), FAILED if error.errno in FULL else WRONG)
         except TOLD as error:
-            if not raised_on_purpose(error.__traceback__):
+            line = told(error)
+            if line is None:
                 raise
             failed = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
-            code = complain(str(error), FAILED if failed else WRONG)
+            code = complain(line, FAILED if failed else WRONG)
         code = code if isinstance(code, int) else 0
         if standalone_mode:
             sys.exit(code)
@@ -72,27 +73,6 @@ def complain(message: str, code: int = WRONG) -> int:
     """One line on standard error; returns the exit code."""
     typer.echo(f"vlmfast: {' '.join(message.split())}", err=True)
     return code
-
-
-def raised_on_purpose(trace: TracebackType | None) -> bool:
-    """Whether an error comes from a ``raise`` statement of vlmfast itself: then its message is meant for the user."""
-    import dis
-
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    code = trace.tb_frame.f_code
-    by_raise = dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
-    module = str(trace.tb_frame.f_globals.get("__name__", ""))
-    return by_raise and module.partition(".")[0] in ("vlmfast", "__main__")
-
-
-def _system_error(error: OSError) -> str:
-    """An OSError in plain words: without its number."""
-    if error.errno is None or error.strerror is None:
-        return str(error)
-    return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
 
 
 app = typer.Typer(
@@ -207,10 +187,10 @@ def run(
 
     Prints both answers, visual tokens, FLOPs and times; writes a PNG of the kept tokens over the picture.
     """
-    from vlmfast.eval import demo
+    from vlmfast.eval import asking
     from vlmfast.eval.models import with_adapter
 
-    demo.run(
+    asking.run(
         with_adapter(model, adapter),
         image,
         prompt,
@@ -220,6 +200,47 @@ def run(
         repeats=repeats,
         device=device or best_device(),
         dtype=dtype,
+    )
+
+
+@app.command(
+    epilog="""\b
+examples:
+  vlmfast demo
+  vlmfast demo --model testbed:qwen2_5_vl --port 8000 --open
+  vlmfast demo --model llava-hf/llava-1.5-7b-hf --device cuda --dtype bfloat16
+""",
+)
+def demo(
+    model: Model = TESTBED[0],
+    adapter: Adapter = None,
+    max_new_tokens: Annotated[int, _number("Longest answer.")] = 64,
+    repeats: Repeats = 3,
+    host: Annotated[
+        str, typer.Option(metavar="NAME", help="Who reaches the page: 127.0.0.1, this machine alone; 0.0.0.0, all.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Where it is served.")] = 7860,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser, too.")] = False,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Ask a model on a page in the browser.
+
+    A picture, a question and methods: answers, kept tokens, FLOPs and times side by side. The page asks nobody outside
+    of this machine, and uploaded pictures are gone when it is closed.
+    """
+    from vlmfast.eval.demo import serving
+    from vlmfast.eval.models import with_adapter
+
+    serving.serve(
+        with_adapter(model, adapter),
+        host=host,
+        port=port,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        device=device or best_device(),
+        dtype=dtype,
+        browse=open_,
     )
 
 

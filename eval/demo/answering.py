@@ -26,8 +26,7 @@ from vlmfast.eval.asking import (
     open_image,
     prepare,
 )
-from vlmfast.eval.planning import ALL, named
-from vlmfast.eval.runner import expand
+from vlmfast.eval.planning import ALL, expand, named
 from vlmfast.families import family_of
 from vlmfast.patching import unwrap
 

@@ -1,5 +1,7 @@
 """One model through all its specs: encode every picture once, answer every question under every spec, score.
 
+Questions about a picture fall together, and prefill what they have in common once (see `vlmfast.eval.prefixes`).
+
 The order of work is fixed by the arguments alone, batches included, so that a sweep that was interrupted and goes on
 gives the same answers as one that was not: whole batches are kept, a batch that was cut short is answered again.
 """
@@ -11,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +32,13 @@ from vlmfast.eval.latency import Clock, generation, interleave, measure, ratio, 
 from vlmfast.eval.metrics import Counts, retention
 from vlmfast.eval.metrics import measure as intervals
 from vlmfast.eval.models import load_model
+from vlmfast.eval.prefixes import divide, prefilled, shareable
 from vlmfast.eval.prompts import Prompts, Row
 from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, locked, run_name, sole_writer, write_result
 from vlmfast.eval.sharing import Share, joined
 from vlmfast.eval.tasks import Doc, choose, image
 from vlmfast.eval.tasks import task as task_named
+from vlmfast.families import family_of
 from vlmfast.solving import cost_of
 from vlmfast.towers import Picture, size_of
 from vlmfast.visual import VisualTokens
@@ -111,6 +116,8 @@ class Sweep:
         self.model, processor = loaded or load_model(job.model, device=job.share.device(job.device), dtype=job.dtype)
         self.prompts = Prompts(processor, self.model.device, self.model.dtype)
         self.depth = self.model.config.get_text_config().num_hidden_layers
+        sources = family_of(self.model).sources.values()
+        self.placeholders = [int(getattr(self.model.config, source.token)) for source in sources]
         self.tasks = choose(list(job.hashes))
         self.docs = self.documents()
         self.scenes = list(dict.fromkeys(doc.scene for doc in self.docs))
@@ -128,14 +135,15 @@ class Sweep:
         return self.prompts.row(self.tasks[doc.task].prompt(doc), image(doc))
 
     def _plan(self) -> list[list[Doc]]:
-        """The batches, the same in every run: prompts of like length and like longest answer together."""
-        kinds: dict[int, list[Doc]] = {}
+        """The batches, the same in every run: by longest answer, then picture by picture, by the length of prompts."""
+        kinds: dict[int, dict[int, list[Doc]]] = {}
         for doc in self.docs:
-            kinds.setdefault(self.tasks[doc.task].NEW_TOKENS, []).append(doc)
+            kinds.setdefault(self.tasks[doc.task].NEW_TOKENS, {}).setdefault(doc.scene, []).append(doc)
         size = self.job.batch
         batches = []
-        for _, docs in sorted(kinds.items()):
-            docs = sorted(docs, key=lambda doc: len(self.row(doc)["input_ids"]))
+        for _, scenes in sorted(kinds.items()):
+            ordered = sorted(scenes.values(), key=lambda docs: max(len(self.row(doc)["input_ids"]) for doc in docs))
+            docs = list(chain.from_iterable(ordered))
             batches += [docs[i : i + size] for i in range(0, len(docs), size)]
         return batches
 
@@ -241,18 +249,14 @@ class Sweep:
     def _generate(self, batch: Sequence[Doc], handle: Any) -> list[dict[str, Any]]:
         start = time.perf_counter()
         pictures = [self.pictures[doc.scene] for doc in batch]
-        inputs = self.prompts.batch([self.row(doc) for doc in batch])
-        inputs |= {name: torch.cat([others[name] for _, others in pictures]) for name in pictures[0][1]}
+        beams = self.job.beams_of(handle.adapters)
+        inputs, of = self._inputs(batch, shareable(self.model, handle.adapters, beams))
         sequences = self.model.generate(
-            **inputs,
-            mm_encoder_outputs=encoder_outputs([visual for visual, _ in pictures]),
-            max_new_tokens=self.tasks[batch[0].task].NEW_TOKENS,
-            do_sample=False,
-            num_beams=self.job.beams_of(handle.adapters),
+            **inputs, max_new_tokens=self.tasks[batch[0].task].NEW_TOKENS, do_sample=False, num_beams=beams
         )
         new = sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.prompts.tokenizer.batch_decode(new, skip_special_tokens=True)
-        kept, layers = self._kept(pictures, handle)
+        kept, layers = self._kept(pictures, of, handle)
         seconds = (time.perf_counter() - start) / len(batch)
         return [
             {
@@ -272,19 +276,42 @@ class Sweep:
             )
         ]
 
+    def _inputs(self, batch: Sequence[Doc], share: bool) -> tuple[dict[str, Any], list[int]]:
+        """The arguments of `generate` for a batch, and which of the prompts that are reported is each question's.
+
+        share: what the questions about a picture have in common is prefilled here, once.
+        """
+        rows = [self.row(doc) for doc in batch]
+        divided = divide(rows, [doc.scene for doc in batch], self.placeholders) if share else None
+        if divided is None:
+            return self._whole(rows, batch), list(range(len(batch)))
+        beginnings = self._whole(divided.beginnings, [batch[row] for row in divided.first])
+        return prefilled(self.model, beginnings, self.prompts.batch(divided.rests), divided.of), divided.of
+
+    def _whole(self, rows: Sequence[Row], docs: Sequence[Doc]) -> dict[str, Any]:
+        """Inputs of the model for token rows with the pictures of some questions."""
+        pictures = [self.pictures[doc.scene] for doc in docs]
+        inputs: dict[str, Any] = self.prompts.batch(rows)
+        inputs |= {name: torch.cat([others[name] for _, others in pictures]) for name in pictures[0][1]}
+        return inputs | {"mm_encoder_outputs": encoder_outputs([visual for visual, _ in pictures])}
+
     def _kept(
-        self, pictures: Sequence[tuple[VisualTokens, Any]], handle: Any
+        self, pictures: Sequence[tuple[VisualTokens, Any]], of: Sequence[int], handle: Any
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """Each row's kept indices, and the visual tokens in each decoder layer, as reported of the batch answered."""
+        """Each row's kept indices, and the visual tokens in each decoder layer, as reported of the prompts prefilled.
+
+        of: which of these prompts is each row's.
+        """
         report = handle.report()
         kept = [indices.tolist() for indices in report.kept]
         layers = [list(prompt.per_layer) for prompt in report.prompts]
         if not report.prunes:
             kept = [list(range(len(visual))) for visual, _ in pictures]
             layers = [[visual.span] * self.depth for visual, _ in pictures]
-        if not len(kept) == len(layers) == len(pictures):
-            raise RuntimeError(f"the report tells of {len(kept)} pictures, the batch has {len(pictures)}")
-        return kept, layers
+            return kept, layers
+        if not len(kept) == len(layers) == max(of) + 1:
+            raise RuntimeError(f"the report tells of {len(kept)} pictures, the batch has {max(of) + 1}")
+        return [kept[prompt] for prompt in of], [layers[prompt] for prompt in of]
 
     def _lengths(self, new: Tensor) -> list[int]:
         """How many tokens each answer took, its end token included. new: [B, T]"""

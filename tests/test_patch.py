@@ -43,6 +43,18 @@ def test_second_turn_on_the_same_cache_equals_a_fresh_run(vlm, positions):
     assert torch.equal(second, fresh)
 
 
+def test_later_turns_of_unequal_lengths_in_a_batch(vlm):
+    """Padding stands between a conversation and the new tokens of a shorter turn."""
+    inputs = vlm.prompts([[3, "a", 5], [2, "a", 2]])
+    with vlmfast.patch(vlm.model, METHOD):
+        cache = DynamicCache(config=vlm.model.config.get_text_config())
+        longer = longer_conversation(inputs, greedy(vlm.model, inputs, past_key_values=cache))
+        longer["input_ids"][1, -5:-2] = longer["attention_mask"][1, -5:-2] = 0
+        again = {k: v for k, v in longer.items() if k not in ("pixel_values", "image_grid_thw")}
+        second = greedy(vlm.model, again, past_key_values=cache)
+        assert torch.equal(second, greedy(vlm.model, longer))
+
+
 def longer_conversation(inputs, answered):
     """The first turn, its answer, and five more tokens of text."""
     more = torch.arange(20, 30).view(2, 5)

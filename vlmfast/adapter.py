@@ -62,6 +62,14 @@ class Adapter:
         if reason is not None:
             raise NotImplementedError(f"{self.name} does not work on {family.name}: {reason}")
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """Whether prompts may be prefilled in two parts, cut anywhere behind their pictures, with the same result.
+
+        Then nothing that the method does to the first part, or reads of it, depends on where it ends or what follows.
+        """
+        return False
+
     def visual_per_layer(self, picture: Picture, depth: int) -> Sequence[int]:
         """What each of `depth` decoder layers holds of a picture that reaches the method in this size.
 

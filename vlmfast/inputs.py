@@ -306,11 +306,13 @@ class Rewriter:
         if given is not None:
             part = given[..., -new:]
             return part.expand(*part.shape[:-2], ids.shape[0], new)
-        if state is not None:
-            start = state.following + held - state.mask.shape[1]
+        if state is not None:  # padding, before the new tokens of rows that have fewer, is no step
+            later = state.extend(kwargs.get("attention_mask"), held, new)[:, state.mask.shape[1] :].long()
+            start = state.following + later[:, :-new].sum(1)
+            flat = start.view(-1, 1) + later[:, -new:].cumsum(1) - 1
         else:
             start = torch.full((ids.shape[0],), held + self.family.first_position, device=ids.device)
-        flat = start.view(-1, 1) + torch.arange(new, device=ids.device)
+            flat = start.view(-1, 1) + torch.arange(new, device=ids.device)
         if not (self.family.mrope and images):
             return flat
         if state is None and held:

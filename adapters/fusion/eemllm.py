@@ -110,6 +110,11 @@ class EEMLLM(Adapter):
             )
         return attending("/".join(map(str, self.where_ranked())), attends, depth, self.name)
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """A visual token is moved on by what it carries itself, and text sees all that stands before it as ever."""
+        return True
+
     @classmethod
     def unsupported(cls, family: Family) -> str | None:
         """Families whose decoders see pictures in both directions."""

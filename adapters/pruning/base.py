@@ -61,6 +61,11 @@ class Pruner(Budgeted):
     uses_text: ClassVar[bool] = False
     keeps_newlines: ClassVar[bool] = False
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """What is chosen among a picture's tokens alone does not depend on the text behind them."""
+        return not self.uses_text
+
     def wanted(self, tower: Tower) -> dict[str, Score]:
         """Statistics of the vision tower the method needs, under its own names. Raises where it cannot work."""
         return {}

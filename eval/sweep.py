@@ -163,7 +163,13 @@ class Sweep:
             except Exception as error:
                 what = f"encoding the pictures of the {first[scenes[0]].split} scenes {', '.join(map(str, scenes))}"
                 raise RuntimeError(failure(self.job.model, what, error)) from error
-            others = {name: value for name, value in inputs.items() if len(value) == len(scenes)}
+            if len(visual) != len(scenes):
+                raise NotImplementedError(
+                    f"the processor of {self.job.model} cuts images into tiles that count as pictures of their own: let "
+                    "it make one of each image (its setting crop_to_patches), or ask lmms-eval's tasks"
+                )
+            # Pixels, and what is as large, are for the encoder alone.
+            others = {name: value for name, value in inputs.items() if len(value) == len(scenes) and value.ndim < 3}
             others.pop("pixel_values", None)
             for i, scene in enumerate(scenes):
                 found[scene] = visual[i], {name: value[i : i + 1] for name, value in others.items()}
@@ -293,7 +299,7 @@ class Sweep:
         pictures = [self.pictures[doc.scene] for doc in docs]
         inputs: dict[str, Any] = self.prompts.batch(rows)
         inputs |= {name: torch.cat([others[name] for _, others in pictures]) for name in pictures[0][1]}
-        return inputs | {"mm_encoder_outputs": encoder_outputs([visual for visual, _ in pictures])}
+        return inputs | {"mm_encoder_outputs": encoder_outputs([visual for visual, _ in pictures], model=self.model)}
 
     def _kept(
         self, pictures: Sequence[tuple[VisualTokens, Any]], of: Sequence[int], handle: Any

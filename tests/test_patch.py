@@ -8,7 +8,7 @@ import pickle
 import peft
 import pytest
 import torch
-from conftest import CORE
+from conftest import CORE, TINY, lend
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -16,6 +16,7 @@ import vlmfast
 from vlmfast.adapters import ADAPTERS, from_spec
 from vlmfast.cost import nominal_grid, prompt_cost, visual_tokens
 from vlmfast.encoding import encode_images, encoder_outputs
+from vlmfast.eval.latency import image_inputs
 from vlmfast.eval.planning import named
 from vlmfast.families import family_of
 
@@ -301,6 +302,21 @@ def test_images_encoded_once_serve_every_method(vlm):
             for _ in range(2):  # generate must not change the caller's object
                 assert torch.equal(greedy(vlm.model, inputs | later, mm_encoder_outputs=outputs, num_beams=2), beams)
             assert torch.equal(greedy(vlm.model, inputs | later, mm_encoder_outputs=outputs), expected)
+
+
+@pytest.mark.parametrize("name", list(TINY))
+def test_images_encoded_once_serve_every_family(name):
+    """Unpatched, too, and under a method that leaves the inputs alone: in the container that the model takes."""
+    for vlm in lend(name):
+        inputs = vlm.prompts(ROWS)
+        encode = image_inputs(vlm.model, inputs)
+        images = encode_images(vlm.model, [], **encode)
+        kept = {k: v for k, v in inputs.items() if k not in encode or v.ndim < 3}
+        kept.pop("pixel_values", None)
+        for spec in ("none", "zerotuning:gamma=1.5", "random:keep=0.5"):
+            with vlmfast.patch(vlm.model, spec):
+                outputs = encoder_outputs(images, model=vlm.model)
+                assert torch.equal(greedy(vlm.model, kept, mm_encoder_outputs=outputs), greedy(vlm.model, inputs))
 
 
 def test_images_encoded_for_another_method_are_refused(vlm):

@@ -10,11 +10,11 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmfast.attention import KEYWORD, Taps, observing, tap, taps_of
-from vlmfast.families import Encoded, Family, Source, Tower
+from vlmfast.families import Encoded, Family, Source, Tower, family_of
 from vlmfast.families.base import follow
 from vlmfast.patching import HANDLE, Patch, unwrap
 from vlmfast.rewriting import present
@@ -210,14 +210,16 @@ def encode_images(model: Any, methods: Sequence[Any], *, modality: str = "image"
         patch.close()
 
 
-def encoder_outputs(images: Sequence[VisualTokens], modality: str = "image") -> dict[str, Any]:
+def encoder_outputs(images: Sequence[VisualTokens], modality: str = "image", *, model: Any = None) -> dict[str, Any]:
     """`mm_encoder_outputs` for `model(...)` or `model.generate(...)` from pictures encoded before.
 
     images: images, or videos where modality is "video", in the order of their placeholders in the batch; for prompts
-    with both, join the two dictionaries. Families whose models take one tensor for all images get a list here too:
-    their own code accepts it when patched.
+    with both, join the two dictionaries. model: the one that takes them. Some take one tensor for all images,
+    [n, N, D]; without it there is a list, which these accept only under a method that drops tokens.
     """
-    features: list[Tensor] = [image.spread(image.features) for image in images]
+    features: Any = [image.spread(image.features) for image in images]
+    if images and model is not None and family_of(unwrap(model)).sources[modality].container == "tensor":
+        features = torch.stack(features)
     output = BaseModelOutputWithPooling(pooler_output=features)
     if images and images[0].deepstack:
         output.deepstack_features = [list(layer) for layer in zip(*(image.deepstack for image in images))]

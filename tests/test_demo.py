@@ -26,16 +26,21 @@ TWO = ["hiprune", "random"]
 
 
 @pytest.fixture(scope="module")
-def room():
+def room(uploads):
     """A room with the shipped model."""
     model, processor = asking.load_asked("testbed:llava", device="cpu", dtype="float32")
-    return Room(model, processor, max_new_tokens=6, repeats=1)
+    return Room(model, processor, uploads, max_new_tokens=6, repeats=1)
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory):
+def uploads(tmp_path_factory):
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def scene(uploads):
     """The file of a scene in which there is a note."""
-    path = tmp_path_factory.mktemp("scenes") / "scene.png"
+    path = uploads / "scene.png"
     Image.fromarray(tasks.image(tasks.TASKS["colour"].load(1, seed=0)[0])).save(path)
     return str(path)
 
@@ -88,13 +93,13 @@ class TestAsking:
         assert last.specs == ("none", "random:keep=20", "hiprune:keep=1.0+var")
         assert [card.outcome.kept for card in last.cards] == [144, 20, 144]
 
-    def test_a_photo_that_lies_on_its_side(self, room, scene, tmp_path):
+    def test_a_photo_that_lies_on_its_side(self, room, scene, uploads):
         """The camera's note of how it was held is heeded."""
         exif = Image.Exif()
         exif[0x0112] = 6  # turn it to the right by a quarter
         with Image.open(scene) as upright:
-            upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-        upright, turned = (end(room, str(path), methods=["hiprune"]) for path in (scene, tmp_path / "turned.png"))
+            upright.rotate(90, expand=True).save(uploads / "turned.png", exif=exif)
+        upright, turned = (end(room, str(path), methods=["hiprune"]) for path in (scene, uploads / "turned.png"))
         assert [card.picture for card in upright.cards] == [card.picture for card in turned.cards]
 
     @pytest.mark.parametrize(
@@ -118,14 +123,22 @@ class TestAsking:
         assert capsys.readouterr().err == "", "no traceback"
         assert end(room, scene).cards[0].outcome.answer == "white", "the room works afterwards"
 
-    def test_what_is_no_picture(self, room, tmp_path):
-        (tmp_path / "text.png").write_text("no picture")
-        assert end(room, str(tmp_path / "text.png")).error == "text.png cannot be read as an image: unknown format"
+    def test_what_is_no_picture(self, room, uploads):
+        (uploads / "text.png").write_text("no picture")
+        assert end(room, str(uploads / "text.png")).error == "text.png cannot be read as an image: unknown format"
 
-    def test_a_bomb(self, room, tmp_path, monkeypatch):
+    def test_a_bomb(self, room, uploads, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-        Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
-        assert "exceeds limit" in end(room, str(tmp_path / "large.png")).error
+        Image.new("RGB", (30, 30)).save(uploads / "large.png")
+        assert "exceeds limit" in end(room, str(uploads / "large.png")).error
+
+    def test_other_files_of_the_machine(self, room, scene, uploads, tmp_path):
+        """The page shows what it opens: no picture but those that were uploaded, by any name."""
+        secret = tmp_path / "secret.png"
+        secret.write_bytes(Path(scene).read_bytes())
+        (uploads / "link.png").symlink_to(secret)
+        for name in (secret, uploads / ".." / secret.relative_to(uploads.parent), uploads / "link.png"):
+            assert end(room, str(name)).error == "secret.png was not uploaded here"
 
     def test_a_fault_of_ours(self, room, scene, monkeypatch, capsys):
         monkeypatch.setattr(answering, "answer", lambda *_: {}["features"])
@@ -159,13 +172,13 @@ class TestAsking:
         assert not {"evs", "vidcom2", "framefusion", "seal", "agla"} & set(room.offered), "videos and files"
         assert room.offered["hiprune"] == "hiprune"
         model, processor = asking.load_asked("testbed:qwen2_5_vl", device="cpu", dtype="float32")
-        assert Room(model, processor).offered["fastervlm"] == "fastervlm:fallback=received"
+        assert Room(model, processor, Path()).offered["fastervlm"] == "fastervlm:fallback=received"
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
-    def test_every_method_on_offer_answers(self, name, scene):
+    def test_every_method_on_offer_answers(self, name, uploads, scene):
         model, processor = asking.load_asked(f"testbed:{name}", device="cpu", dtype="float32")
-        room = Room(model, processor, max_new_tokens=3, repeats=1)
+        room = Room(model, processor, uploads, max_new_tokens=3, repeats=1)
         last = end(room, scene, methods=list(room.offered.values()))
         assert last.error is None and len(last.cards) == 1 + len(room.offered) > 25
 

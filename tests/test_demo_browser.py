@@ -2,6 +2,8 @@
 
 import base64
 import io
+import itertools
+import json
 import os
 import signal
 import socket
@@ -10,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import browser
 import numpy as np
@@ -83,7 +86,10 @@ def demo(tmp_path_factory):
     """One process for all tests that leave it running; it must not have asked for anything outside."""
     with running(tmp_path_factory.mktemp("demo")) as one:
         yield one
-        assert one.end() == ("", ["vlmfast: the page is closed"])
+        out, told = one.end()
+        assert out == "" and told[-1] == "vlmfast: the page is closed"
+        faults = sum(line.startswith("Traceback") for line in told)
+        assert faults == sum("InvalidPathError:" in line for line in told), "\n".join(told)  # of the forged upload
         assert one.uploaded() == [] and one.asked.requests == []
 
 
@@ -197,10 +203,25 @@ def test_wrong_input_and_on(demo, tmp_path):
         page.get_by_role("alert").filter(has_text="torn.png cannot be read as an image").wait_for()
         refused(page, "unknown format")
         page.get_by_role("button", name="where is the").click()
+        page.wait_for_function("document.querySelector('#question textarea').value.startsWith('where')")
         page.get_by_label("number input for Keep").fill("0.5")
         ask(page, "where is the elephant ?")
         answered(page, *(spec.replace("0.33", "0.5") for spec in SPECS))
         assert "no token for 'elephant'" in page.locator(".warning").inner_text()
+
+
+@pytest.mark.parametrize("meta", [{}, {"meta": {"_type": "gradio.FileData"}}], ids=["bare", "as a file"])
+def test_a_forged_upload(demo, scene, meta):
+    """Whoever reaches the page sees no file of this machine, whatever they ask for; nor is it copied."""
+    with urlopen(f"{demo.url}/config") as config:
+        asking = next(one for one in json.load(config)["dependencies"] if len(one["inputs"]) == 5)
+    data = [{"path": str(scene), **meta}, "what is white ?", [], 1.0, ""]
+    body = json.dumps({"data": data, "fn_index": asking["id"], "session_hash": "forged"}).encode()
+    urlopen(Request(f"{demo.url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})).close()
+    with urlopen(f"{demo.url}/gradio_api/queue/data?session_hash=forged") as events:
+        told = b"".join(itertools.takewhile(lambda line: b"close_stream" not in line, events)).decode()
+    assert ("scene.png was not uploaded here" if not meta else "Error") in told and "data:image" not in told
+    assert "scene.png" not in [path.name for path in demo.uploaded()]
 
 
 def test_two_tabs(demo):

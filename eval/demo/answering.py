@@ -64,10 +64,14 @@ class Progress:
 
 @dataclass
 class Room:
-    """A loaded model and those who ask it, one at a time: a patch changes the model for everybody."""
+    """A loaded model and those who ask it, one at a time: a patch changes the model for everybody.
+
+    folder: where uploaded pictures lie; no other file is opened, whoever names one.
+    """
 
     model: Any
     processor: Any
+    folder: Path
     max_new_tokens: int = 64
     repeats: int = 3
     turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -89,11 +93,10 @@ class Room:
         progress = Progress()
         try:
             specs = expand([*methods, *filter(None, map(str.strip, typed.split(SEPARATOR)))], [float(keep)])
-            if picture is None:
-                raise ValueError("there is no picture: upload one, or take an example")
+            file = self._uploaded(picture)
             yield (progress := Progress(specs))
             with self.turn:
-                question = prepare(self.model, self.processor, open_image(Path(picture)), prompt)
+                question = prepare(self.model, self.processor, open_image(file), prompt)
             yield (progress := replace(progress, warning=misread(question)))
             for spec in specs:
                 with self.turn:
@@ -105,7 +108,16 @@ class Room:
             if line is None:
                 traceback.print_exc()
                 line = f"vlmfast failed, the terminal shows where: {type(error).__name__}: {error}"
-            yield replace(progress, error=line.replace(str(picture), Path(picture or "").name))
+            yield replace(progress, error=line.replace(f"{self.folder.resolve()}/", ""))
+
+    def _uploaded(self, picture: str | None) -> Path:
+        """The file of a picture, if it is one that was uploaded."""
+        if picture is None:
+            raise ValueError("there is no picture: upload one, or take an example")
+        file = Path(picture).resolve()
+        if not file.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{file.name} was not uploaded here")
+        return file
 
 
 def _data_uri(question: Question, outcome: Outcome) -> str:

@@ -20,11 +20,6 @@ LEAST = 0.05  # keep
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the machine's own: nothing is fetched
 
 
-def file_of(payload: Any) -> str | None:
-    """Where an uploaded picture lies."""
-    return None if payload is None else payload.path
-
-
 def about(method: str) -> str:
     """What a method does, as a line of a list."""
     return f"- **{method}** ({ADAPTERS[method].kind}): {ADAPTERS[method].summary}"
@@ -42,9 +37,9 @@ def examples(folder: Path) -> list[list[str]]:
     return list(found.values())
 
 
-def build(room: Room, title: str, folder: Path) -> gr.Blocks:
-    """The page. title: says which model it is. folder: where the examples are written."""
-    offered, scenes = room.offered, examples(folder)
+def build(room: Room, title: str) -> gr.Blocks:
+    """The page. title: says which model it is."""
+    offered, scenes = room.offered, examples(room.folder)
     with gr.Blocks(title="vlmfast demo", analytics_enabled=False) as page:
         gr.HTML(f"<h1>vlmfast</h1><p>{escape(title)}</p>", elem_id="head", apply_default_css=False)
         with gr.Row():
@@ -57,9 +52,6 @@ def build(room: Room, title: str, folder: Path) -> gr.Blocks:
                     height=270,
                     elem_id="picture",
                 )
-                # vlmfast reads the file as it came, and says what is wrong with it. Not in a subclass: Gradio would
-                # write a .pyi of it beside the source.
-                picture.preprocess = file_of  # type: ignore[method-assign]
             with gr.Column(min_width=280, scale=2):
                 question = gr.Textbox(scenes[0][1], label="Question", max_lines=4, elem_id="question")
                 methods = gr.Dropdown(
@@ -84,8 +76,11 @@ def build(room: Room, title: str, folder: Path) -> gr.Blocks:
             gr.Markdown("\n".join(map(about, offered)))
         answers = gr.HTML(elem_id="answers", apply_default_css=False)
 
-        def ask(picture: str | None, question: str, methods: Sequence[str], keep: float, typed: str) -> Iterator[str]:
-            for progress in room.ask(picture, question or "", methods or [], keep, typed or ""):
+        def ask(
+            picture: dict[str, Any] | None, question: str, methods: Sequence[str], keep: float, typed: str
+        ) -> Iterator[str]:
+            file = None if picture is None else picture["path"]
+            for progress in room.ask(file, question or "", methods or [], keep, typed or ""):
                 yield render(progress)
 
         gr.on(
@@ -93,6 +88,7 @@ def build(room: Room, title: str, folder: Path) -> gr.Blocks:
             ask,
             [picture, question, methods, keep, typed],
             answers,
+            preprocess=False,  # vlmfast reads the file as it came, and says itself what is wrong with it
             concurrency_limit=1,
             trigger_mode="always_last",  # what is asked meanwhile comes next
             api_visibility="private",
@@ -119,11 +115,13 @@ def theme() -> gr.themes.Base:
     )
 
 
-def application(room: Room, title: str, folder: Path) -> fastapi.FastAPI:
+def application(room: Room, title: str) -> fastapi.FastAPI:
     """The page as a web application that asks nobody outside of this machine."""
+    page = build(room, title).queue(default_concurrency_limit=1)
+    page.has_launched = True  # a page that is mounted would take any file of this machine for an upload
     return gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        build(room, title, folder).queue(default_concurrency_limit=1),
+        page,
         path="/",
         footer_links=[],
         run_history=False,

@@ -43,8 +43,8 @@ def serve(
         from vlmfast.eval.demo.page import application
 
         network, processor = load_asked(model, device=device, dtype=dtype)
-        room = Room(network, processor, max_new_tokens, repeats)
-        app = application(room, f"{model} · {device} · {dtype}", folder)
+        room = Room(network, processor, folder, max_new_tokens, repeats)
+        app = application(room, f"{model} · {device} · {dtype}")
         gc.collect()
         gc.freeze()  # timing collects garbage before every reading: not through all that was imported
         settings = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=PATIENCE)

@@ -257,28 +257,6 @@ def test_prompt_learning_is_refused(fresh, vlm):
         vlmfast.patch(wrapped, METHOD)
 
 
-@pytest.mark.parametrize("first", ["patch", "offload"])
-def test_offloaded_weights(fresh, vlm, first, tmp_path):
-    """accelerate's hooks bring the weights in layer by layer, whichever came first."""
-    from accelerate import disk_offload
-
-    one = fresh(vlm.name)
-    inputs = one.prompts(ROWS)
-    with vlmfast.patch(one.model, METHOD):
-        expected = one.model(**inputs).logits
-        tokens = greedy(one.model, inputs)
-    if first == "patch":
-        vlmfast.patch(one.model, METHOD)
-        disk_offload(one.model, tmp_path, execution_device=torch.device("cpu"))
-    else:
-        disk_offload(one.model, tmp_path, execution_device=torch.device("cpu"))
-        vlmfast.patch(one.model, METHOD)
-    assert torch.equal(one.model(**inputs).logits, expected)
-    assert torch.equal(greedy(one.model, inputs), tokens)
-    vlmfast.unpatch(one.model)
-    assert one.model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
-
-
 # --- encoding once -----------------------------------------------------------------------------------------------
 
 

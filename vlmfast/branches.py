@@ -417,7 +417,7 @@ class Running(LogitsProcessor):
     def _forward(self, tokens: Tensor | None) -> None:
         """A forward of the branch. tokens: [R, n] that follow; None: its prompts"""
         first, model = self.first, self.door.patch.model
-        assert first is not None
+        assert first is not None and self.prompts is not None
         more: Mapping[str, Any] = {}
         if tokens is None:
             tokens, positions, more = first.ids, first.positions, first.more
@@ -425,15 +425,16 @@ class Running(LogitsProcessor):
         else:
             mask, positions = self.behind(tokens.shape[1])
             self.door.steps[1] += 1
+        device = self.prompts.ids.device  # not the model's, which may be in several places
         with self.door.beside(self.width):
             output = model(
-                input_ids=tokens.to(model.device),
-                attention_mask=None if mask is None else mask.to(model.device),
-                position_ids=positions.to(model.device),
+                input_ids=tokens.to(device),
+                attention_mask=None if mask is None else mask.to(device),
+                position_ids=positions.to(device),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
                 return_dict=True,
-                **{name: one.to(model.device) if isinstance(one, Tensor) else one for name, one in more.items()},
+                **{name: one.to(device) if isinstance(one, Tensor) else one for name, one in more.items()},
             )
         self.logits = output.logits[:, -1].float()

@@ -157,7 +157,7 @@ class CompositeDoor:
             patch.hook(layer.self_attn, here.enter, before=True, first=False)
             patch.hook(layer, here.leave)
             for module in self._skipped(layer):
-                patch.set(module, "forward", Gathered(here, module))
+                patch.stand_in(module, Gathered(here, module))
             self.here[number] = here
         self.attentions = {number: edits.decoder.layers[number].self_attn for number in self.layers}
 

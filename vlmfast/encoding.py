@@ -62,6 +62,23 @@ def renamed(inputs: Mapping[str, Any], source: Source) -> dict[str, Any]:
     return known
 
 
+class Outputs(dict[str, Any]):
+    """`mm_encoder_outputs` on their way into a model that accelerate has spread over devices.
+
+    Its hooks would make each output anew, without what is attached to it; they ask what has a `to` to move itself.
+    """
+
+    def to(self, device: Any, **how: Any) -> Outputs:
+        """Nothing: the model itself brings the features to the embeddings."""
+        return self
+
+
+def as_they_are(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of the model, behind those that rewrite its inputs: encoders' outputs keep what is attached to them."""
+    outputs = kwargs.get("mm_encoder_outputs")
+    return (args, {**kwargs, "mm_encoder_outputs": Outputs(outputs)}) if outputs else None
+
+
 class PictureEncoder:
     """Stands for the base model's `get_image_features` or `get_video_features`: attaches the VisualTokens."""
 
@@ -74,6 +91,8 @@ class PictureEncoder:
         self.scores: tuple[Score, ...] = ()
         self.places: dict[Score, nn.Module] = {}
         self.add(patch, scores)
+        if as_they_are not in patch.model._forward_pre_hooks.values():
+            patch.hook(patch.model, as_they_are, before=True, first=False)
 
     def add(self, patch: Patch, scores: Sequence[Score]) -> None:
         """Take these statistics, too, for as long as the patch is open. Raises ValueError for those that the tower
@@ -115,7 +134,10 @@ class PictureEncoder:
         taps.closed = True
         if isinstance(output, tuple):  # return_dict=False: nowhere to attach anything
             return output
-        visuals = self.source.layout(Encoded(self.tower, self.config, inputs, output, taps.collected))
+        pooled = output.pooler_output
+        device = (pooled if isinstance(pooled, Tensor) else pooled[0]).device  # the tower may be elsewhere
+        found = {score: [one.to(device) for one in parts] for score, parts in taps.collected.items()}
+        visuals = self.source.layout(Encoded(self.tower, self.config, inputs, output, found))
         if self.family.projector is not None and self.tower.layers == 1:
             project = follow(self.base, self.family.projector)
             visuals = [dataclasses.replace(visual, project=project) for visual in visuals]

@@ -177,7 +177,7 @@ class Pairing:
         head = patch.model.get_output_embeddings()
         for module in [*self.decoder.modules(), *([] if head is None else [head])]:
             if type(module) is nn.Linear and pays(module.weight):
-                patch.set(module, "forward", FewRows(module, self.turned))
+                patch.stand_in(module, FewRows(module, self.turned))
 
     def pair(self, ids: Tensor, inputs: Mapping[str, Any]) -> Pair | None:
         """The branch of the running `generate`, where it can join this step. ids: [B, L] all tokens"""

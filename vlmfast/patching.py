@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from vlmfast.adapter import Adapter
@@ -19,6 +20,7 @@ from vlmfast.towers import Picture, size_of
 
 HANDLE = "vlmfast_handle"
 FILE = "vlmfast.json"
+WRAPPED = "_old_forward"  # of a module that accelerate hooks: the `forward` that stood there before
 
 
 class _Missing:
@@ -54,6 +56,21 @@ class _Hook:
         self.handle.remove()
 
 
+@dataclass
+class _Forward:
+    module: Any
+    ours: Any
+    before: Any  # what the instance itself held; _Missing when the class provided it
+
+    def undo(self) -> None:
+        held = self.module.__dict__
+        if held.get(WRAPPED) is self.ours:  # accelerate came later: its hook stays, around what was there before
+            bound = self.before is _Missing
+            held[WRAPPED] = type(self.module).forward.__get__(self.module) if bound else self.before
+        elif held.get("forward") is self.ours:  # and not one that accelerate put back
+            _Attribute(self.module, "forward", self.before).undo()
+
+
 class Patch:
     """The changes made to one model, newest last. Undo records are data, so a deep copy of a patched model is
     patched by itself and can be unpatched by itself.
@@ -81,6 +98,11 @@ class Patch:
         """Set an attribute of an instance (never of a class)."""
         self.undo(_Attribute(target, name, target.__dict__.get(name, _Missing)))
         target.__dict__[name] = value
+
+    def stand_in(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Let a callable stand for the module's `forward`, which accelerate may wrap or put back meanwhile."""
+        self.undo(_Forward(module, forward, module.__dict__.get("forward", _Missing)))
+        module.__dict__["forward"] = forward
 
     def hook(
         self, module: nn.Module, function: Callable[..., Any], *, before: bool = False, first: bool = True
@@ -255,6 +277,15 @@ def unwrap(model: Any) -> Any:
             "(AutoModelForImageTextToText), not a part of it"
         )
     return inner
+
+
+def entrance(model: Any) -> torch.device:
+    """Where a model's inputs belong: with its embeddings, also where accelerate keeps these elsewhere meanwhile."""
+    embeddings = unwrap(model).get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    hook = getattr(embeddings, "_hf_hook", None)
+    found = [getattr(one, "execution_device", None) for one in getattr(hook, "hooks", (hook,))]
+    return torch.device(found[0]) if device.type == "meta" and found[0] is not None else device
 
 
 def install(model: Any, adapters: tuple[Adapter, ...], spec: str) -> Handle:

@@ -25,7 +25,7 @@ from vlmfast.edits import EditsDoor
 from vlmfast.edits.memory import EDITS, Pass
 from vlmfast.edits.turn import of_layer
 from vlmfast.layers.door import PASS
-from vlmfast.patching import Patch, Report, unwrap
+from vlmfast.patching import Patch, Report, entrance, unwrap
 
 FORMAT = "vlmfast steering vector 1"
 BLANK = "\n\n"
@@ -168,7 +168,7 @@ def extract(
     tokens = blank_tokens(tokenizer, separator)
     counts = dict.fromkeys(KINDS, 0)
     sums: dict[bool, Any] = {True: 0.0, False: 0.0}
-    device = inner.get_input_embeddings().weight.device
+    device = entrance(inner)
     for trace in traces:
         ids, ends = split(tokenizer, trace, tokens)
         if not ends:

@@ -96,7 +96,7 @@ class StepsDoor:
         if asks is not None:
             head = patch.model.get_output_embeddings()
             if type(head) is nn.Linear and "forward" not in head.__dict__:
-                patch.set(head, "forward", FewRows(head, self.deciding))
+                patch.stand_in(head, FewRows(head, self.deciding))
             patch.hook(head, self.before_head, before=True, first=False)
             patch.hook(head, self.after_head)
         patch.hook(patch.model, self.after_model)
@@ -143,8 +143,8 @@ class StepsDoor:
         own, asked, raw = output.logits[:, -1].float(), self.asked, self.raw
         self.clear()
         assert asked is not None and raw is not None
-        others = asked.transpose(0, 1).float()
-        if self.cap is not None and not torch.equal(raw.float(), own):  # there are configs whose cap no model applies
+        others, raw = asked.transpose(0, 1).to(own), raw.to(own)  # logits come back to where the inputs are
+        if self.cap is not None and not torch.equal(raw, own):  # there are configs whose cap no model applies
             others = torch.tanh(others / self.cap) * self.cap
         output.logits = possible(self.scores(own, others), own)[:, None]
         return output

@@ -56,7 +56,7 @@ from vlmfast.edits import attending_layers
 from vlmfast.families import Family
 from vlmfast.layers.cache import window_of
 from vlmfast.matching import Matcher, caption, check_folder
-from vlmfast.patching import Patch
+from vlmfast.patching import Patch, entrance
 from vlmfast.processors import load_processor
 from vlmfast.towers import Picture
 from vlmfast.visual import budget
@@ -100,7 +100,7 @@ class Reader:
         if self.processor is None:
             self.processor = self._processor()
         if self.matcher is None:
-            self.matcher = Matcher(self.path, self.layer, self.model.device)
+            self.matcher = Matcher(self.path, self.layer, entrance(self.model))
 
     def _processor(self) -> Any:
         path = getattr(self.model.config, "_name_or_path", "") or getattr(self.model, "name_or_path", "")

@@ -78,9 +78,9 @@ class Turn:
     ) -> Tensor:
         """The edited attention, in the shape that transformers expects. -> [B, Q, H, d]"""
         n_key = key.shape[2]
-        same = (self.offset, n_key, id(self.columns), query.shape[2])
+        same = (self.offset, n_key, id(self.columns), query.shape[2], query.device)
         if same not in self.one.known:
-            self.one.known[same] = self._tokens(n_key, query.shape[2])
+            self.one.known[same] = self._tokens(n_key, query.shape[2], query.device)
         causal = kwargs.get("is_causal")
         editor, watcher = self.door.editors.get(self.number), self.door.watchers.get(self.number)
         call = Call(
@@ -94,7 +94,7 @@ class Turn:
             mask=mask,
             causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
             window=None if mask is not None and mask.ndim == 4 else kwargs.get("sliding_window"),
-            hidden=self.hidden,
+            hidden=self.hidden.to(query.device),  # the hook in front of the layer saw it where the last layer is
             prompt=self.one.prompt,
             free=self.one.free,
             offset=self.offset,
@@ -113,21 +113,21 @@ class Turn:
         first = memory.count - self.one.ends.shape[1]
         return self._new(memory.visual[:, first:], count), self._new(memory.real[:, first:], count)
 
-    def _tokens(self, n_key: int, count: int) -> dict[str, Any]:
-        """What the keys and the queries of this layer are, as `Call` has it."""
+    def _tokens(self, n_key: int, count: int, device: torch.device) -> dict[str, Any]:
+        """What the keys and the queries of this layer are, as `Call` has it: where the layer is."""
         memory = self.one.memory
         if memory.count:
             first = memory.real.long().argmax(1)
         else:
             first = torch.zeros(len(memory.real), dtype=torch.long, device=memory.real.device)
         if self.columns is not None:  # text before a picture is never taken away, so that the first token stays
-            first = (self.columns == first[:, None]).long().argmax(1)
+            first = (self.columns.to(first.device) == first[:, None]).long().argmax(1)
         return {
-            "visual": self._local(memory.visual, n_key, False),
-            "real": self._local(memory.real, n_key, True),
-            "initial": torch.where(first >= self.offset, first - self.offset, -1),
-            "ends": self._new(self.one.ends, count),
-            "marks": {name: self._local(mark, n_key, 0.0) for name, mark in memory.marks.items()},
+            "visual": self._local(memory.visual, n_key, False).to(device),
+            "real": self._local(memory.real, n_key, True).to(device),
+            "initial": torch.where(first >= self.offset, first - self.offset, -1).to(device),
+            "ends": self._new(self.one.ends, count).to(device),
+            "marks": {name: self._local(mark, n_key, 0.0).to(device) for name, mark in memory.marks.items()},
         }
 
     def _local(self, values: Tensor, n_key: int, fill: float) -> Tensor:

@@ -122,6 +122,7 @@ def prompt_mask(
     that every layer held before; mask: [B, held + L] real tokens. full, now: `sizes` of the layer for L and for M.
     """
     rows, device = len(index), index.device
+    given = None if given is None else given.to(device)
     (length, offset), (_, first) = now, full
     before = torch.arange(held, device=device).expand(rows, -1)
     columns = torch.cat([before, held + index], dim=1)

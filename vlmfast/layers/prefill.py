@@ -47,12 +47,13 @@ class Prefill:
         self.door, self.decoder, self.prompt = door, decoder, prompt
         self.embeds: Tensor = kwargs["inputs_embeds"]
         self.rows, self.new = self.embeds.shape[:2]
+        device = self.embeds.device  # where everything is done; layers may be elsewhere
         self.pictures = [
             _Moving(
                 one,
-                one.columns,
-                one.index,
-                one.others,
+                one.columns.to(device),
+                one.index.to(device),
+                one.others.to(device),
                 {cut: door.selector.left(cut, len(one.columns), door.depth) for cut in door.cuts},
             )
             for one in prompt.pictures
@@ -62,7 +63,6 @@ class Prefill:
         )
         if not self.active:
             return
-        device = self.embeds.device
         self.cache = kwargs.get("past_key_values")
         self.held = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.mask = None if prompt.mask is None else prompt.mask.to(device).bool()
@@ -91,7 +91,7 @@ class Prefill:
         """Positions of the new tokens. [B, L] or [3 or 4, B, L]"""
         if given is None:
             given = self.held + torch.arange(self.new, device=self.embeds.device)[None]
-        return given.expand(*given.shape[:-2], self.rows, self.new)
+        return given.to(self.embeds.device).expand(*given.shape[:-2], self.rows, self.new)
 
     def columns(self, number: int) -> Tensor | None:
         """Which of the first layer's columns a layer's keys stand for, -1 for padding; None: the same. [B, K]"""
@@ -158,7 +158,7 @@ class Prefill:
             kwargs["position_embeddings"] = self.rotary.picked(given["position_embeddings"], self.index)
             ids = given.get("position_ids")
             if ids is not None:
-                ids = ids.expand(self.rows, -1).gather(1, self.index)
+                ids = ids.expand(self.rows, -1).gather(1, self.index.to(ids.device))
         if given.get("position_ids") is not None:
             kwargs["position_ids"] = ids
         return kwargs
@@ -196,8 +196,8 @@ class Prefill:
             question = self.question[row].nonzero().flatten()
             wanted = torch.zeros_like(self.question[row])
             if len(question):
-                visual = torch.cat([one.placed.columns for one in self.pictures if one.row == row])
                 embeds = self.embeds[row].detach()
+                visual = torch.cat([one.placed.columns for one in self.pictures if one.row == row]).to(embeds.device)
                 wanted[question[self.door.selector.raters(embeds[visual], embeds[question])]] = True
             self.memo[key] = wanted if bool(wanted.any()) else self.last[row]
         return self.memo[key]
@@ -209,11 +209,8 @@ class Prefill:
             return {}
         start = self.held - sizes(self.cache, hidden.shape[1], number)[1]
         device = layer.self_attn.q_proj.weight.device
-        if device.type == "meta":
-            raise NotImplementedError(
-                f"{self.door.selector.name} needs the weights of decoder layer {number} before it runs, and they are "
-                "offloaded; keep them on a device"
-            )
+        if device.type == "meta":  # offloaded: where the layer runs is known when something of it has run
+            device = layer.input_layernorm(hidden[:, :0]).device
         mask: Tensor | None = kwargs.get("attention_mask")
         results: dict[int, dict[str, Tensor]] = {}
         for row, asked in self._asked(number, scores).items():
@@ -295,11 +292,16 @@ class Prefill:
             keep=one.left[number],
             scores={name: values.to(states.device)[..., columns] for name, values in results.items()},
             text_scores={name: values.to(states.device)[..., text] for name, values in results.items()},
-            final_norm=self.decoder.norm,
+            final_norm=self._normed,
             ordered=self.door.positions == "compact" and self.positions.ndim == 2,
             memory=one.memory,
         )
         return self.door.selector.cut(tokens)
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """The norm behind the decoder's last layer, which may be on another device."""
+        normed: Tensor = self.decoder.norm(hidden)
+        return normed.to(hidden.device)
 
     def _shorter(self, number: int, hidden: Tensor, keep: Tensor, places: list[Tensor]) -> Tensor:
         """Take the columns out of everything."""

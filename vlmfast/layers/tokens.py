@@ -159,7 +159,7 @@ class Prompt:
         last = real & (real.flip(1).long().cumsum(1).flip(1) == 1)
         if self.labels is None:
             return last
-        answer = self.labels != -100
+        answer = self.labels.to(real.device) != -100
         before = real & ~answer & torch.nn.functional.pad(answer[:, 1:], (0, 1))
         return torch.where(before.any(1, keepdim=True), before, last)
 

@@ -165,8 +165,8 @@ class Sweep:
                 raise RuntimeError(failure(self.job.model, what, error)) from error
             if len(visual) != len(scenes):
                 raise NotImplementedError(
-                    f"the processor of {self.job.model} cuts images into tiles that count as pictures of their own: let "
-                    "it make one of each image (its setting crop_to_patches), or ask lmms-eval's tasks"
+                    f"the processor of {self.job.model} cuts images into tiles that count as pictures of their own: "
+                    "let it make one of each image (its setting crop_to_patches), or ask lmms-eval's tasks"
                 )
             # Pixels, and what is as large, are for the encoder alone.
             others = {name: value for name, value in inputs.items() if len(value) == len(scenes) and value.ndim < 3}

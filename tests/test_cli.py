@@ -169,6 +169,14 @@ class TestRun:
         with Image.open(tmp_path / "kept.png") as sheet:
             assert sheet.format == "PNG" and sheet.width > 2 * 480
 
+    def test_words_that_the_model_does_not_know(self, ask):
+        result = ask(prompt="What colour is the elephant ?")
+        assert "no token for 'What', 'elephant': the model reads an unknown word" in " ".join(result.stdout.split())
+        assert "no token" not in ask().stdout
+
+    def test_an_empty_question(self, ask, tmp_path):
+        refused(ask(prompt=" "), "the question is empty")
+
     def test_a_picture_cut_into_crops(self, ask, photo, tmp_path):
         """LLaVA-NeXT from a folder: a wide picture with padding, newlines, a thumbnail and crops."""
         wide = tmp_path / "wide.png"

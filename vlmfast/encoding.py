@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmfast.attention import KEYWORD, Taps, observing, tap, taps_of

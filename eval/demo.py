@@ -24,7 +24,7 @@ from vlmfast.eval.overlay import overlay, visible
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.report import text
 from vlmfast.eval.sweep import beams_of
-from vlmfast.patching import unwrap
+from vlmfast.patching import entrance, unwrap
 from vlmfast.solving import cost_of
 from vlmfast.towers import Picture, size_of
 
@@ -99,7 +99,7 @@ def run(
     network, processor = load_model(model, device=device, dtype=dtype)
     if processor.chat_template is None:
         raise ValueError(f"the processor of {model} has no chat template, so vlmfast run cannot phrase the prompt")
-    inputs = Prompts(processor, network.device, network.dtype).full(prompt, np.asarray(picture))
+    inputs = Prompts(processor, entrance(network), network.dtype).full(prompt, np.asarray(picture))
     size = picture_size(network, inputs)
     text_tokens = inputs["input_ids"].shape[1] - size.span
     outcomes = []

@@ -34,6 +34,7 @@ from vlmfast.eval.results import SCHEMA, Answers, Result, TaskResult, locked, ru
 from vlmfast.eval.sharing import Share, joined
 from vlmfast.eval.tasks import Doc, choose, image
 from vlmfast.eval.tasks import task as task_named
+from vlmfast.patching import entrance
 from vlmfast.solving import cost_of
 from vlmfast.towers import Picture, size_of
 from vlmfast.visual import VisualTokens
@@ -107,7 +108,7 @@ class Sweep:
     def __init__(self, job: Job, loaded: tuple[Any, Any] | None = None) -> None:
         self.job = job
         self.model, processor = loaded or load_model(job.model, device=job.share.device(job.device), dtype=job.dtype)
-        self.prompts = Prompts(processor, self.model.device, self.model.dtype)
+        self.prompts = Prompts(processor, entrance(self.model), self.model.dtype)
         self.depth = self.model.config.get_text_config().num_hidden_layers
         self.tasks = choose(list(job.hashes))
         self.docs = self.documents()
@@ -412,7 +413,7 @@ class Sweep:
         """
         doc = self.samples[0]
         inputs = self.prompts.full(self.tasks[doc.task].prompt(doc), image(doc))
-        clock = Clock.of(self.model.device, self.job.threads)
+        clock = Clock.of(entrance(self.model), self.job.threads)
 
         def first_token(spec: str) -> float:
             with vlmfast.patch(self.model, spec) as handle:

@@ -29,7 +29,7 @@ from vlmfast.eval.overlay import overlay, visible
 from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.report import text
 from vlmfast.eval.sweep import beams_of
-from vlmfast.patching import unwrap
+from vlmfast.patching import entrance, unwrap
 from vlmfast.solving import cost_of
 from vlmfast.towers import Picture, size_of
 
@@ -146,7 +146,7 @@ def prepare(model: Any, processor: Any, picture: Image.Image, prompt: str) -> Qu
     """Read a question and its picture, RGB. ValueError for an empty question."""
     if not prompt.strip():
         raise ValueError("the question is empty")
-    inputs = Prompts(processor, model.device, model.dtype).full(prompt, np.asarray(picture))
+    inputs = Prompts(processor, entrance(model), model.dtype).full(prompt, np.asarray(picture))
     visual = encode_images(model, [], **image_inputs(unwrap(model), inputs))[0]
     if len(visual.views) == 1:  # a thumbnail and crops show all of the picture
         picture = visible(picture, processor.image_processor)

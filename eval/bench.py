@@ -55,6 +55,7 @@ from vlmfast.eval.prompts import Prompts
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.testbed.scenes import scene
 from vlmfast.families import family_of
+from vlmfast.patching import entrance
 from vlmfast.solving import cost_of, tower_scores
 from vlmfast.towers import Picture, size_of
 from vlmfast.visual import Score
@@ -195,9 +196,9 @@ def measured(
         raise ValueError("no method to measure: name at least one, such as 'hiprune:keep=0.33'")
     for spec in specs:
         from_spec(spec)  # a misspelt one must not cost minutes first
-    target = check_device(device)
+    check_device(device)
     with use_threads(threads):
-        model, inputs, about = subject(name_or_path, target, dtype)
+        model, inputs, about = subject(name_or_path, device, dtype)
         rows = measure(model, inputs, specs, repeats=repeats, threads=threads)
     return [{**more, "model": name_or_path, "about": about, "dtype": dtype, **row} for row in rows]
 
@@ -215,22 +216,22 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]], device: str = "cpu") 
     write_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
-def subject(name: str, device: torch.device, dtype: str) -> tuple[nn.Module, Inputs, str]:
+def subject(name: str, device: str, dtype: str) -> tuple[nn.Module, Inputs, str]:
     """A model in evaluation mode, one prompt with one picture for it, and a line on what it is."""
     if name in SHAPES:
-        shape = SHAPES[name]
+        shape, target = SHAPES[name], check_device(device)
         config = shape.config()
         torch.manual_seed(0)
-        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[dtype]).to(device).eval()
-        return model, random_inputs(config, shape.grid, device, DTYPES[dtype]), shape.about
-    model, processor = load_model(name, device=str(device), dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[dtype]).to(target).eval()
+        return model, random_inputs(config, shape.grid, target, DTYPES[dtype]), shape.about
+    model, processor = load_model(name, device=device, dtype=dtype)
     picture = scene("test", 0).image
     about = "trained testbed model, first test scene"
     if not name.startswith("testbed:"):
         enlarge = -(-PICTURE // picture.shape[0])
         picture = picture.repeat(enlarge, 0).repeat(enlarge, 1)[:PICTURE, :PICTURE]
         about = f"a testbed scene of {PICTURE} x {PICTURE} pixels"
-    return model, Prompts(processor, device, DTYPES[dtype]).full("what do you see ?", picture), about
+    return model, Prompts(processor, entrance(model), DTYPES[dtype]).full("what do you see ?", picture), about
 
 
 def random_inputs(config: Any, grid: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Inputs:
@@ -275,7 +276,7 @@ def measure_specs(
     model: Any, inputs: Inputs, specs: Sequence[str], *, repeats: int, threads: int, warmup: int = 1
 ) -> list[dict[str, Any]]:
     """Rows of `bench` for a loaded, unpatched model and one prompt."""
-    device = next(model.parameters()).device
+    device = entrance(model)
     clock = Clock.of(device, threads)
     images = image_inputs(model, inputs)
     text = {name: value for name, value in inputs.items() if name not in images or name == "image_grid_thw"}
@@ -423,7 +424,7 @@ def _spreads(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]
 
 def _vision_peaks(model: Any, encode: Callable[[], Any]) -> tuple[int, int]:
     """Peak bytes of the vision pass of the unpatched model: with its own attention, and with eager attention."""
-    device = next(model.parameters()).device
+    device = entrance(model)
     plain = peak_bytes(encode, device)
     own = model.config.vision_config._attn_implementation
     model.set_attn_implementation({"vision_config": "eager"})
@@ -440,13 +441,13 @@ def _capture_bytes(model: Any, queries: int, scores: Sequence[Score]) -> dict[st
     """
     if not scores:
         return None
-    parameter = next(model.parameters())
+    device = entrance(model)
     heads = family_of(model).tower(model.config).heads
     width = model.config.vision_config.hidden_size // heads
-    q, k = (torch.randn(1, heads, queries, width).to(parameter) for _ in range(2))
+    q, k = (torch.randn(1, heads, queries, width).to(device, model.dtype) for _ in range(2))
     scale = width**-0.5
-    blockwise = max(peak_bytes(partial(statistic, score, q, k, scale), parameter.device) for score in scores)
-    full = peak_bytes(lambda: attention_rows(q, k, slice(None), scale).mean(dim=(1, 2)), parameter.device)
+    blockwise = max(peak_bytes(partial(statistic, score, q, k, scale), device) for score in scores)
+    full = peak_bytes(lambda: attention_rows(q, k, slice(None), scale).mean(dim=(1, 2)), device)
     return {"blockwise": blockwise, "full_map": full, "ratio": blockwise / full, "shape": [heads, queries, queries]}
 
 

@@ -22,6 +22,7 @@ from vlmfast.adapters import from_spec
 from vlmfast.eval import bench
 from vlmfast.eval.latency import Clock, Generation, Spread, generation, interleave, ratio
 from vlmfast.eval.sweep import beams_of
+from vlmfast.patching import entrance
 
 NEW_TOKENS = 33  # the first comes out of the prefill, 32 are timed
 PARTS = {"prefill": "ttft_ms", "decode": "decode_ms_per_token"}
@@ -64,7 +65,7 @@ def measure_decoding(
     new_tokens: int = NEW_TOKENS,
 ) -> list[dict[str, Any]]:
     """Rows of `bench_decoding` for a loaded, unpatched model and one prompt with its picture."""
-    device = next(model.parameters()).device
+    device = entrance(model)
     clock = Clock.of(device, threads)
     beams = {spec: beams_of(from_spec(spec)) for spec in specs}
 

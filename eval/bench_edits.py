@@ -38,6 +38,7 @@ from vlmfast.eval.latency import (
     ratio,
 )
 from vlmfast.layers.tokens import Placed
+from vlmfast.patching import entrance
 
 STEPS = 8  # further tokens a reading
 PATHS = ("patched", "eager", "maps")
@@ -235,7 +236,7 @@ def measure_edits(
     model: Any, inputs: Mapping[str, Any], specs: Sequence[str], *, repeats: int, threads: int, warmup: int = 1
 ) -> list[dict[str, Any]]:
     """Rows of `bench_edits` for a loaded, unpatched model and one prompt with its picture."""
-    device = next(model.parameters()).device
+    device = entrance(model)
     clock = Clock.of(device, threads)
     images = image_inputs(model, inputs)
     text = {name: value for name, value in inputs.items() if name not in images or name == "image_grid_thw"}

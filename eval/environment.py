@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from vlmfast.eval.models import AUTO
+
 PACKAGES = ("torch", "transformers", "vlmfast", "numpy", "tokenizers", "accelerate", "torchvision")
 
 
@@ -19,9 +21,16 @@ def describe(device: str) -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         "git_commit": _commit(Path(__file__).resolve().parent),
         "cpu": _cpu(),
-        "device": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device,
+        "device": _named(device),
         "platform": platform.platform(),
     }
+
+
+def _named(device: str) -> str:
+    """A device by its model; "auto": all that there are."""
+    if device == AUTO:
+        return " + ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or "cpu"
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 
 def _version(name: str) -> str | None:

@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from vlmfast.patching import entrance
+
 T = TypeVar("T")
 MB = 1e6  # bytes in the megabyte of all reports (decimal)
 
@@ -188,17 +190,22 @@ def _storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device | str) -> int:
-    """Most bytes that `work`, run once without gradients, held at a time above what was held before it."""
-    device = torch.device(device)
+def peak_bytes(work: Callable[[], object], *devices: torch.device | str) -> int:
+    """Most bytes that `work`, run once without gradients, held at a time above what was held before it.
+
+    Of several devices: the sum of what each held at most.
+    """
+    cuda = [device for device in map(torch.device, devices) if device.type == "cuda"]
     with torch.no_grad():
-        if device.type == "cuda":
-            synchronize(device)
-            before = torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
+        if cuda:
+            for device in cuda:
+                synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            before = sum(map(torch.cuda.memory_allocated, cuda))
             work()
-            synchronize(device)
-            return torch.cuda.max_memory_allocated(device) - before
+            for device in cuda:
+                synchronize(device)
+            return sum(map(torch.cuda.max_memory_allocated, cuda)) - before
         with LiveBytes() as count:
             work()
         return count.peak
@@ -357,7 +364,7 @@ def measure(
     the extra run that finds the peak. `beams`: `num_beams` of `generate`.
     """
     check_repeats(repeats, warmup)
-    device = next(model.parameters()).device
+    device = entrance(model)
     clock = Clock.of(device, threads)
     images = image_inputs(model, inputs)
     text = {name: value for name, value in inputs.items() if name not in images or name == "image_grid_thw"}
@@ -403,5 +410,6 @@ def measure(
 
 def _peak_mb(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int, clock: Clock, beams: int) -> float:
     """Weights plus the most bytes one `generate` held, in MB."""
-    peak = peak_bytes(lambda: generation(model, inputs, new_tokens, clock, beams=beams), clock.device)
+    devices = {clock.device, *(parameter.device for parameter in model.parameters())}
+    peak = peak_bytes(lambda: generation(model, inputs, new_tokens, clock, beams=beams), *devices)
     return (weight_bytes(model) + peak) / MB

@@ -19,6 +19,7 @@ from vlmfast.eval import testbed
 from vlmfast.families import FAMILIES
 from vlmfast.processors import load_processor
 
+AUTO = "auto"  # as a device: all there are, the model's parts shared out among them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 HASHED = (
@@ -137,13 +138,16 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """The model, in evaluation mode on the device, and its processor; errors as in `model_folder`.
 
-    device_map: where transformers puts the parts, instead of the device. attention: `attn_implementation`. With an
+    device_map: where transformers puts the parts, instead of the device; a device of "auto" is a map of that name.
+    Where inputs of such a model belong `vlmfast.patching.entrance` tells. attention: `attn_implementation`. With an
     adapter it is the same transformers model with PEFT's layers in it; ImportError without PEFT, ValueError for an
     adapter that does not fit the model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     target = check_device(device)
+    if device == AUTO and device_map is None:
+        device_map = AUTO
     folder = model_folder(name)
     with _quiet():
         model = AutoModelForImageTextToText.from_pretrained(
@@ -178,7 +182,14 @@ def _adapted(model: Any, name: str, folder: Path) -> Any:
 
 
 def check_device(device: str) -> torch.device:
-    """The device of this name; ValueError if torch does not know it or it is not there."""
+    """The device of this name; ValueError if torch does not know it or it is not there.
+
+    Of "auto" the first one, where inputs go; ModuleNotFoundError without accelerate, which shares models out.
+    """
+    if device == AUTO:
+        import accelerate  # noqa: F401  told by name where it is missing
+
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
         return torch.device(device)

@@ -27,6 +27,7 @@ from vlmfast.eval.results import write_atomic
 from vlmfast.eval.runner import cores
 from vlmfast.eval.tasks import choose
 from vlmfast.eval.tasks.base import Doc, image
+from vlmfast.patching import entrance
 from vlmfast.ranges import attending
 from vlmfast.ranking import Ranking, rank_layers, trials
 
@@ -87,7 +88,7 @@ def run(
         network, processor = load_model(model, device=device, dtype=dtype)
         if images and processor.chat_template is None:
             raise ValueError(f"the processor of {model} has no chat template: the prompt cannot be phrased")
-        prompts = Prompts(processor, network.device, network.dtype)
+        prompts = Prompts(processor, entrance(network), network.dtype)
         inputs = (
             [prompts.full(str(prompt), picture) for picture in pictures]
             if images

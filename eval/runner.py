@@ -19,7 +19,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from vlmfast.adapters import from_spec
-from vlmfast.eval.models import DTYPES, check_device, model_folder, model_hash, split_adapter, weight_files
+from vlmfast.eval.models import AUTO, DTYPES, check_device, model_folder, model_hash, split_adapter, weight_files
 from vlmfast.eval.planning import check_goal, plan, usual_prompt
 from vlmfast.eval.progress import Bars
 from vlmfast.eval.results import check_identity, read_result, ready_folder, tell_matched
@@ -69,6 +69,7 @@ def evaluate(
     batch: questions answered at a time.
     beams: `num_beams` of every run, the unpatched one too. With 1, a method that needs beams takes its own number and
         is compared with greedy search.
+    device: "auto" shares each model out among all GPUs.
     workers: processes, at most one a model; None: one a model on a CPU if the models are small, else one in all.
 
     Started by `accelerate launch` or torchrun, processes share the questions (see `vlmfast.eval.sharing`): the first
@@ -97,6 +98,8 @@ def evaluate(
     if share.world > 1 and workers not in (None, 1):
         raise ValueError(f"workers={workers}: the launcher started {share.world} processes that share every model")
     check_device(share.device(device))
+    if device == AUTO and workers not in (None, 1):
+        raise ValueError(f"workers={workers}: device auto shares each model out among all devices, one at a time")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; there are {', '.join(DTYPES)}")
     if not models:

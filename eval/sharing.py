@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from vlmfast.eval.models import AUTO
 from vlmfast.eval.results import Answers
 
 GRACE = 300.0  # seconds that a process may take to start, or be gone, before it is given up
@@ -43,7 +44,15 @@ class Share:
         return batch % self.world
 
     def device(self, name: str) -> str:
-        """The device of this process: one GPU each where the user asked for "cuda"."""
+        """The device of this process: one GPU each where the user asked for "cuda".
+
+        ValueError for "auto" where several processes would each take all devices of a machine.
+        """
+        if name == AUTO and self.beside > 1:
+            raise ValueError(
+                f"device auto shares a model out among all devices of a machine, and {self.beside} processes run on "
+                "this one: start one process a machine, or give each its own GPU with --device cuda"
+            )
         return f"cuda:{self.local}" if name == "cuda" and self.world > 1 else name
 
 

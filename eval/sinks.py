@@ -12,6 +12,7 @@ import vlmfast
 from vlmfast.eval.asking import open_image
 from vlmfast.eval.models import load_model
 from vlmfast.eval.prompts import Prompts
+from vlmfast.patching import entrance
 
 # After Okabe and Ito (2008), told apart with every common colour blindness; sinks are the strong ones.
 SHARES = {
@@ -46,7 +47,7 @@ def run(
     network, processor = load_model(model, device=device, dtype=dtype)
     if processor.chat_template is None:
         raise ValueError(f"the processor of {model} has no chat template, so vlmfast sinks cannot phrase the prompt")
-    inputs = Prompts(processor, network.device, network.dtype).full(prompt, np.asarray(picture))
+    inputs = Prompts(processor, entrance(network), network.dtype).full(prompt, np.asarray(picture))
     found = vlmfast.find_sinks(network, inputs, dims=dims, **({} if tau is None else {"tau": tau}))
     draw(found, out)
     console.print(str(found), highlight=False, soft_wrap=True, markup=False)

@@ -39,6 +39,7 @@ from vlmfast.eval.sharing import Share, joined
 from vlmfast.eval.tasks import Doc, choose, image
 from vlmfast.eval.tasks import task as task_named
 from vlmfast.families import family_of
+from vlmfast.patching import entrance
 from vlmfast.solving import cost_of
 from vlmfast.towers import Picture, size_of
 from vlmfast.visual import VisualTokens
@@ -114,7 +115,7 @@ class Sweep:
     def __init__(self, job: Job, loaded: tuple[Any, Any] | None = None) -> None:
         self.job = job
         self.model, processor = loaded or load_model(job.model, device=job.share.device(job.device), dtype=job.dtype)
-        self.prompts = Prompts(processor, self.model.device, self.model.dtype)
+        self.prompts = Prompts(processor, entrance(self.model), self.model.dtype)
         self.depth = self.model.config.get_text_config().num_hidden_layers
         sources = family_of(self.model).sources.values()
         self.placeholders = [int(getattr(self.model.config, source.token)) for source in sources]
@@ -449,7 +450,7 @@ class Sweep:
         """
         doc = self.samples[0]
         inputs = self.prompts.full(self.tasks[doc.task].prompt(doc), image(doc))
-        clock = Clock.of(self.model.device, self.job.threads)
+        clock = Clock.of(entrance(self.model), self.job.threads)
 
         def first_token(spec: str) -> float:
             with vlmfast.patch(self.model, spec) as handle:

@@ -72,7 +72,8 @@ class Operations(TorchDispatchMode):
         if function is aten.copy_.default:
             place = args[0].device
         if given.get("device") is not None:
-            place, given["device"] = torch.device(given["device"]), CPU
+            place = torch.device(given["device"])
+            given["device"] = CPU if place.type == "cpu" else place
         args, given = tree_map(inner, (args, given))
         result = function(*args, **given)
         if place.index is None:

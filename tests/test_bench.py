@@ -77,7 +77,7 @@ def rows():
 def llava():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(SHAPES, "tiny-llava", TINY["tiny-llava"])
-        model, inputs, _ = subject("tiny-llava", CPU, "float32")
+        model, inputs, _ = subject("tiny-llava", "cpu", "float32")
     return model, inputs
 
 

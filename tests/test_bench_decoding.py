@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_bench import CPU, TINY, run_script
+from test_bench import TINY, run_script
 
 import vlmfast
 from vlmfast.eval import bench_decoding as module
@@ -25,7 +25,7 @@ SPECS = ["none", "dola", "vcd", "pai:layers=all", "opera", "opera:candidates=2",
 def llava():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setitem(SHAPES, "tiny-llava", TINY["tiny-llava"])
-        model, inputs, _ = subject("tiny-llava", CPU, "float32")
+        model, inputs, _ = subject("tiny-llava", "cpu", "float32")
     return model, inputs
 
 

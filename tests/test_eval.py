@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CORE, crossed
+from devices import dispatched, pretending
 from transformers import AutoConfig, GPT2Config
 
 import vlmfast
@@ -150,6 +151,34 @@ def test_kept_tokens_are_noted_beside_some_answers():
     words = [doc.scene for doc in shown[len(samples) :] if doc.task == "word"]
     assert len(set(words)) == len(words) <= len(scenes)
     assert sweep.more_samples(docs[:3], docs[:2]) == docs[:3], "no more than there are"
+
+
+DISK = dict.fromkeys(["model.vision_tower", "model.language_model"], "disk")
+DISK |= dict.fromkeys(["model.multi_modal_projector", "lm_head"], "cpu")
+
+
+@pytest.mark.parametrize("where", ["two devices", "disk"])
+def test_a_model_too_large_for_one_device(folders, finished, tmp_path, monkeypatch, where):
+    """--device auto, where it comes to two devices, or to files: the same answers, in files of their own."""
+    spread = []
+
+    def loaded(name, device, dtype):
+        assert device == "auto"
+        model, processor = load_model(name, device=device, dtype=dtype, device_map=DISK if where == "disk" else None)
+        spread.append(model if where == "disk" else dispatched(model, "scattered"))
+        return model, processor
+
+    monkeypatch.setattr(sweep, "load_model", loaded)
+    with pretending():
+        paths = run(folders, tmp_path, device="auto")
+    assert len(set(spread[0].hf_device_map.values())) == 2
+    for path, other in zip(paths, finished, strict=True):
+        assert stable(path) == stable(other) | {"device": "auto"}
+        assert answers(path) == answers(other)
+    with pytest.raises(ValueError, match="device auto .now cpu."):
+        run(folders, tmp_path)
+    with pytest.raises(ValueError, match="workers=2: device auto"):
+        run(folders, tmp_path / "other", device="auto", workers=2)
 
 
 def test_cost_of_cuts_inside_the_language_model(folders, tmp_path):

@@ -382,6 +382,17 @@ def test_a_model_loaded_as_asked():
     assert model.config._attn_implementation == "eager" and model.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("how", [{"device": "auto"}, {"device_map": "auto"}])
+def test_a_model_shared_out(monkeypatch, how):
+    """On a machine of CPUs that comes to one place; several processes would each take all that there is."""
+    engine = Engine(Arguments(pretrained=MODELS[0], **how))
+    assert (engine.model.device.type, engine.model.dtype) == ("cpu", torch.float32)
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match="device auto shares a model out .* and 2 processes run on this one"):
+        Engine(Arguments(pretrained=MODELS[0], **how))
+
+
 # --- without lmms-eval --------------------------------------------------------------------------------------------
 
 

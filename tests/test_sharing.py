@@ -141,6 +141,9 @@ def test_devices() -> None:
     assert Share(3, 8, 1, 2).device("cuda:0") == "cuda:0"
     assert Share(3, 8, 1, 2).device("cpu") == "cpu"
     assert Share().device("cuda") == "cuda"
+    assert Share(3, 8, 0, 1).device("auto") == "auto"
+    with pytest.raises(ValueError, match="2 processes run on this one"):
+        Share(3, 8, 1, 2).device("auto")
 
 
 def launched(folders: Path, out: Path, world: int = 2) -> list[str]:  # noqa: F811

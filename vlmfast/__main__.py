@@ -19,7 +19,7 @@ TESTBED = ["testbed:llava", "testbed:qwen2_5_vl"]
 METHODS = ["none", "random", "grid", "fastervlm:fallback=received", "hiprune"]
 KEEPS = "1.0,0.5,0.33,0.2,0.11"
 TOPICS = ("methods", "families", "tasks")
-EXTRAS = dict.fromkeys(("jinja2", "matplotlib", "plotly", "sklearn", "psutil", "datasets"), "eval")
+EXTRAS = dict.fromkeys(("accelerate", "datasets", "jinja2", "matplotlib", "plotly", "psutil", "sklearn"), "eval")
 EXTRAS |= {"lmms_eval": "lmms", "gradio": "demo", "fastapi": "demo", "uvicorn": "demo"}
 FAILED, WRONG, INTERRUPTED = 1, 2, 130  # exit codes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -146,7 +146,11 @@ Tasks = Annotated[
     typer.Option("--task", metavar="NAME", help="See vlmfast list tasks (default: all). Repeatable."),
 ]
 Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="cpu, cuda, ... (default: cuda if there is one, else cpu).")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="cpu, cuda, ...; auto: the model shared out among all GPUs (default: cuda if there is one, else cpu).",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")]
 Adapter = Annotated[
@@ -287,6 +291,7 @@ examples:
   vlmfast eval --model testbed:llava --adapter runs/lora --method none --method hiprune --keep 0.33
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method none --method hiprune --device cuda --dtype bfloat16
   vlmfast eval --model llava-hf/llava-1.5-7b-hf --method hiprune:keep=0.33 --task lmms:pope --batch 8
+  vlmfast eval --model llava-hf/llava-v1.6-34b-hf --device auto --dtype bfloat16     (too large for one GPU)
   accelerate launch --num_processes 8 -m vlmfast eval --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 --out shared
 """,
 )

@@ -33,10 +33,10 @@ class Arguments:
 
     pretrained: testbed:NAME, folder or Hugging Face id. method: spec. adapter: folder of a PEFT adapter. flops: `keep`
     solved for this share of the prefill FLOPs. device, dtype: default cuda and bfloat16 where there is CUDA, else cpu
-    and float32. device_map: "auto", ... or JSON, as transformers takes it; instead of device. max_new_tokens: for
-    tasks that name none. min_pixels, max_pixels: for processors that take images of any size. num_frames, fps: of
-    videos, one of the two. system_prompt: text, or a file of it. latency: readings of the time to first token,
-    0: none. costs: JSON file for what the run cost.
+    and float32. device_map: "auto", ... or JSON, as transformers takes it; instead of device, of which
+    "auto" is the same. max_new_tokens: for tasks that name none. min_pixels, max_pixels: for processors that take
+    images of any size. num_frames, fps: of videos, one of the two. system_prompt: text, or a file of it. latency:
+    readings of the time to first token, 0: none. costs: JSON file for what the run cost.
     """
 
     pretrained: str

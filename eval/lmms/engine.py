@@ -7,7 +7,6 @@ in the order they were asked in. Their messages are made when their batch is: pi
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -25,10 +24,11 @@ from vlmfast.eval.latency import Clock, Spread, generation, interleave, ratio
 from vlmfast.eval.lmms.arguments import PIXELS, Arguments
 from vlmfast.eval.lmms.costs import Costs, Sizes
 from vlmfast.eval.lmms.options import Options
-from vlmfast.eval.models import load_model, with_adapter
+from vlmfast.eval.models import AUTO, load_model, with_adapter
+from vlmfast.eval.sharing import of_environment
 from vlmfast.eval.sweep import UNPATCHED, beams_of, failure
 from vlmfast.families import family_of
-from vlmfast.patching import Handle
+from vlmfast.patching import Handle, entrance
 
 Message = dict[str, Any]  # {"role": ..., "content": [{"type": "text" | "image" | "video", ...}]}
 MARK = "<image>"  # where a text wants its pictures, if it says so
@@ -221,7 +221,7 @@ class Engine:
             return_tensors="pt",
             processor_kwargs={"padding": True, **(settings if count(rows[0], "video") else {})},
         )
-        device, dtype = self.model.device, self.model.dtype
+        device, dtype = entrance(self.model), self.model.dtype
         return {
             name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
             for name, value in given.items()
@@ -303,7 +303,7 @@ class Engine:
         self.close()
         inputs = self.inputs([self._messages(ask)])
         threads = torch.get_num_threads()
-        clock = Clock.of(self.model.device, threads)
+        clock = Clock.of(entrance(self.model), threads)
 
         def once(spec: str) -> Any:
             with vlmfast.patch(self.model, spec) as handle:
@@ -325,7 +325,7 @@ class Engine:
             "ttft_speedup": asdict(ratio(first[UNPATCHED], first[self.spec])),
             "beams": beams,
             "clock": clock.name,
-            "device": str(self.model.device),
+            "device": str(entrance(self.model)),
             "threads": threads,
             "prompt": ask.name,
         }
@@ -425,12 +425,14 @@ def _part(part: Message) -> Message:
 
 
 def _load(name: str, arguments: Arguments) -> tuple[Any, Any]:
-    """Model and processor where the arguments want them; one GPU for each of several processes."""
-    cuda, mapped = torch.cuda.is_available(), arguments.device_map is not None
-    device = "cpu" if mapped else arguments.device or ("cuda" if cuda else "cpu")
-    if device == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    short = device != "cpu" or (mapped and cuda)
+    """Model and processor where the arguments want them; one GPU for each of several processes.
+
+    ValueError where several processes of a machine would each take all of its devices.
+    """
+    cuda, parts = torch.cuda.is_available(), arguments.device_map
+    device = arguments.device or ("cuda" if cuda and parts is None else "cpu")
+    device = of_environment().device(AUTO if isinstance(parts, str) else device)
+    short = cuda if device == AUTO or parts is not None else device != "cpu"
     return load_model(
         name,
         device=device,

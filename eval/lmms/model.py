@@ -29,6 +29,7 @@ from vlmfast.eval.lmms.engine import Ask, Engine, Message
 from vlmfast.eval.lmms.options import Options
 from vlmfast.eval.results import write_atomic
 from vlmfast.eval.sweep import beams_of
+from vlmfast.patching import entrance
 
 PADDING = "__padding_only__"  # a request that lmms-eval repeats so that all processes have as many
 
@@ -68,7 +69,7 @@ class Vlmfast(lmms):
     @property
     def device(self) -> torch.device:
         """Where lmms-eval puts what it gathers."""
-        return torch.device(self.engine.model.device)
+        return entrance(self.engine.model)
 
     @property
     def config(self) -> Any:
@@ -187,7 +188,7 @@ class Vlmfast(lmms):
                 "latency": self.latency,
                 "seconds": round(self.seconds, 3),
                 "tokens": self.tokens,
-                "environment": describe(str(self.engine.model.device)),
+                "environment": describe(str(entrance(self.engine.model))),
             }
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(Path(path), json.dumps(report, indent=1) + "\n")

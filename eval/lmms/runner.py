@@ -54,6 +54,7 @@ from vlmfast.eval.results import (
     write_result,
 )
 from vlmfast.eval.runner import check_specs
+from vlmfast.eval.sharing import of_environment
 from vlmfast.eval.sweep import REPEATS, UNPATCHED, describe_spec
 from vlmfast.eval.tasks.files import settings_of
 from vlmfast.solving import NOMINAL_TEXT, nominal
@@ -93,7 +94,7 @@ def evaluate(
     for name, value, least in (("limit", limit, 1), ("batch", batch, 1), ("seed", seed, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ValueError(f"{name} must be a whole number, {least} or more; got {value!r}")
-    check_device(device)
+    check_device(of_environment().device(device))
     names = [settings_of(name, {"include": ""}, USAGE) for name in tasks]
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
     plans = {}

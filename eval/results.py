@@ -7,15 +7,19 @@ for a run it was not made by.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
+import secrets
+import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 try:
     import fcntl
@@ -25,6 +29,7 @@ except ImportError:  # Windows
 SCHEMA = 1
 IDENTITY = ("schema", "model_hash", "spec", "limit", "seed", "batch", "device", "dtype", "beams", "tasks")
 BEFORE = {"beams": 1}  # fields of the identity that older files lack, and what they were then
+LOOKS = 5  # at a lock, before it is another evaluation's
 PART = "process"  # in the names of files that one of several processes writes
 WAY_OUT = "choose another folder with --out, or delete the file to run it again"
 
@@ -132,12 +137,13 @@ def run_name(model: str, spec: str) -> str:
     return f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` is at every moment either as before or complete, on the disk as well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write so that `path` is at every moment either as before or complete, on the disk as well. Links stay links."""
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # folders may be shared
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -176,7 +182,8 @@ def read_result(path: Path) -> Result:
     try:
         return Result.from_json(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{path} is not a readable result: {error}. Delete it and run the evaluation again") from None
+        message = f"{path} is not a readable result: {error}. Move or delete it, and run the evaluation again"
+        raise ValueError(message) from None
 
 
 def write_result(path: Path, result: Result) -> None:
@@ -286,8 +293,8 @@ class Answers:
         write_atomic(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add the answers of a batch."""
-        with open(self.path, "a", encoding="utf-8") as file:
+        """Add the answers of a batch. FileNotFoundError where others have taken the file away meanwhile."""
+        with open(os.open(self.path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
             file.flush()
             os.fsync(file.fileno())
@@ -343,23 +350,41 @@ def sole_writer(folder: Path, model: str, rank: int = 0) -> Iterator[None]:
         yield
         return
     path = _lock(folder, model, rank)
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"another process is evaluating {model} into {folder}: wait for it, or choose another --out"
-            raise OSError(error.errno, message) from None
+    for _ in range(LOOKS):
+        if (file := _taken(path)) is not None:
+            break
+        time.sleep(0.05)  # it may be no more than a look of `locked`
+    else:
+        message = f"another process is evaluating {model} into {folder}: wait for it, or choose another --out"
+        raise OSError(errno.EWOULDBLOCK, message)
+    with file:
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
+def _taken(path: Path) -> IO[str] | None:
+    """A lock that is ours for as long as this file is open; None where another process has it."""
+    while True:
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115  it is handed on open
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:  # who had it took it away between the two
+            pass
+        file.close()
+
+
 def ready_folder(path: Path) -> None:
     """Make the folder for results and see that it can be written to; OSError says what stands in the way."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "probe", "")
-        (path / "probe").unlink(missing_ok=True)  # several processes may look at once
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise OSError(error.errno, f"cannot write results to {path} ({error.strerror})") from None

@@ -22,7 +22,7 @@ from vlmfast.adapters import from_spec
 from vlmfast.eval.models import AUTO, DTYPES, check_device, model_folder, model_hash, split_adapter, weight_files
 from vlmfast.eval.planning import check_goal, plan, usual_prompt
 from vlmfast.eval.progress import Bars
-from vlmfast.eval.results import check_identity, read_result, ready_folder, tell_matched
+from vlmfast.eval.results import check_identity, read_result, ready_folder, run_name, tell_matched
 from vlmfast.eval.sharing import of_environment
 from vlmfast.eval.sweep import Job, sweep
 from vlmfast.eval.tasks import choose, task_hash
@@ -107,6 +107,7 @@ def evaluate(
     check_goal(match)
     chosen = choose(tasks)
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
+    check_names(models)
     documents = {name: task.load(limit, seed) for name, task in chosen.items()}
     plans = {}
     for name, folder in folders.items():
@@ -172,12 +173,20 @@ def check_specs(model: str, folder: Path, specs: Sequence[str]) -> None:
                 raise type(error)(f"{spec} on {model}: {error}") from None
 
 
+def check_names(models: Sequence[str]) -> None:
+    """ValueError for models of different names whose results would have the same file names."""
+    seen: dict[str, str] = {}
+    for model in models:
+        if (other := seen.setdefault(run_name(model, ""), model)) != model:
+            raise ValueError(f"{other} and {model} would write the same files: evaluate each into a folder of its own")
+
+
 def outstanding(job: Job) -> Job:
     """The job without the runs that are complete; ValueError for files that do not belong to it."""
     owed = []
     for spec in job.specs:
         path, answers = job.path(spec), job.answers(spec)
-        stored = answers.read()  # also of a complete run: the comparison with the unpatched run rests on the answers
+        stored = answers.everybodys()  # of complete runs, too: comparisons rest on the unpatched run's answers
         if not path.exists():
             owed.append(spec)
             continue

@@ -394,7 +394,7 @@ def test_results_of_other_weights_or_prompts_are_not_reused(folders, copy, tmp_p
 def test_damaged_files_are_named(folders, copy):
     text = copy[1].read_text()
     copy[1].write_text(text[:1000])
-    with pytest.raises(ValueError, match=r"keep=1.0.json is not a readable result.*Delete it"):
+    with pytest.raises(ValueError, match=r"keep=1.0.json is not a readable result.*delete it"):
         run(folders, copy[0].parent)
     copy[1].write_text(text)
     copy[0].with_suffix(".jsonl").unlink()

@@ -94,7 +94,7 @@ def test_damaged_results_are_named(tmp_path, damage, says):
     path.write_text(damage(path.read_text()), encoding="latin-1")
     with pytest.raises(ValueError, match=says) as caught:
         load_results(tmp_path)
-    assert str(path) in str(caught.value) and "Delete it" in str(caught.value)
+    assert str(path) in str(caught.value) and "delete it" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ from vlmfast.eval.results import (
     tell_matched,
     write_result,
 )
-from vlmfast.eval.runner import check_specs
+from vlmfast.eval.runner import check_names, check_specs
 from vlmfast.eval.sharing import of_environment
 from vlmfast.eval.sweep import REPEATS, UNPATCHED, describe_spec
 from vlmfast.eval.tasks.files import settings_of
@@ -97,6 +97,7 @@ def evaluate(
     check_device(of_environment().device(device))
     names = [settings_of(name, {"include": ""}, USAGE) for name in tasks]
     folders = {name: model_folder(name) for name in dict.fromkeys(models)}
+    check_names(models)
     plans = {}
     for name, folder in folders.items():
         config = AutoConfig.from_pretrained(folder)
@@ -195,11 +196,11 @@ class Work:
 
     def done(self, spec: str) -> bool:
         """Whether a run is complete; ValueError for files that do not belong to it."""
-        path = self.path(spec)
+        path, stored = self.path(spec), self.answers(spec).everybodys()
         if not path.exists():
             return False
         check_identity(path, read_result(path).identity(), self.identity(spec))
-        if not self.answers(spec).read():
+        if not stored:
             raise ValueError(f"{path} has lost its answers {self.answers(spec).path.name}: delete it to run it again")
         return True
 

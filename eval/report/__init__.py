@@ -41,7 +41,7 @@ def make(
     target = Path(out or folders[0])
     target.mkdir(parents=True, exist_ok=True)
     paths = Paths(target / "pareto.png", target / "report.html", target / "runs.csv")
-    paths.picture.write_bytes(plot.draw(sections))
+    write_atomic(paths.picture, plot.draw(sections))
     write_atomic(paths.page, page.render(sections, archive))
     write_atomic(paths.numbers, export.written(sections))
     console = console or Console()

@@ -19,6 +19,7 @@ import vlmfast
 from vlmfast import __main__ as cli
 from vlmfast.adapters import ADAPTERS
 from vlmfast.eval import asking, bench, report, runner, sweep
+from vlmfast.eval.report import plot
 from vlmfast.eval.results import load_results
 from vlmfast.eval.tasks import TASKS
 from vlmfast.eval.testbed.build import new_model, new_processor
@@ -344,6 +345,7 @@ class TestEval:
     def test_runs_then_only_reports(self, llava, tmp_path, monkeypatch):
         monkeypatch.setattr(sweep, "REPEATS", 1)
         monkeypatch.setattr(runner, "cores", lambda: 1)
+        monkeypatch.setattr(plot, "draw", lambda sections, **kwargs: b"PNG")  # takes most of a report's time
         words = ["eval", "--model", llava, "--method", "grid", "--keep", "0.2", "--task", "word", "--limit", 1]
         first = call(*words, "--out", tmp_path)
         assert first.exit_code == 0, first.output

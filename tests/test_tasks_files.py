@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmfast.eval import runner, sweep
 from vlmfast.eval.runner import evaluate
 from vlmfast.eval.tasks import choose, image, task
 from vlmfast.eval.tasks.chair import singulars, things_in
@@ -74,8 +75,10 @@ def test_pope_files(questions, pictures, tmp_path):
     assert metrics["f1/popular"] == 1 and metrics["accuracy/random"] == 0.5
 
 
-def test_an_evaluation_over_files(questions, pictures, tmp_path):
+def test_an_evaluation_over_files(questions, pictures, tmp_path, monkeypatch):
     """The main job takes them like any task, beside a task of the testbed."""
+    monkeypatch.setattr(sweep.Sweep, "latency", lambda self, spec: {"ttft_ms": None})
+    monkeypatch.setattr(runner, "cores", lambda: 1)
     name = f"pope:{questions},images={pictures}"
     given = (["testbed:llava"], ["zerotuning"], [], [name, "colour"], tmp_path / "out")
     files = evaluate(*given, limit=2, progress=False)

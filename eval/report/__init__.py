@@ -31,7 +31,7 @@ def make(
     """
     from rich.console import Console
 
-    from vlmfast.eval.report import export, page, plot, ranks, rows, table
+    from vlmfast.eval.report import export, page, ranks, rows, table
     from vlmfast.eval.report.archive import Archive
     from vlmfast.eval.results import load_results, write_atomic
 
@@ -41,8 +41,9 @@ def make(
     target = Path(out or folders[0])
     target.mkdir(parents=True, exist_ok=True)
     paths = Paths(target / "pareto.png", target / "report.html", target / "runs.csv")
-    write_atomic(paths.picture, plot.draw(sections))
-    write_atomic(paths.page, page.render(sections, archive))
+    stills = page.draw(sections)
+    write_atomic(paths.picture, stills[False, False])
+    write_atomic(paths.page, page.render(sections, archive, stills))
     write_atomic(paths.numbers, export.written(sections))
     console = console or Console()
     if tables:

@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -12,12 +12,17 @@ from vlmfast.eval.report.archive import Archive
 from vlmfast.eval.report.frame import across, down
 from vlmfast.eval.report.rows import UNPATCHED, Interval, Row, Section, difference_interval, metric_interval
 
+Stills = Mapping[tuple[bool, bool], bytes]  # (dark, narrow) -> PNG
 
-def render(sections: Sequence[Section], archive: Archive | None = None) -> str:
-    """The page, with the Pareto picture for light and dark ground, for wide and narrow windows.
 
-    archive: of the folders that the results lie in.
-    """
+def draw(sections: Sequence[Section]) -> Stills:
+    """The Pareto picture for light and dark ground, for wide and narrow windows."""
+    kinds = [(dark, narrow) for dark in (False, True) for narrow in (False, True)]
+    return {(dark, narrow): plot.draw(sections, dark=dark, narrow=narrow) for dark, narrow in kinds}
+
+
+def render(sections: Sequence[Section], archive: Archive | None = None, stills: Stills | None = None) -> str:
+    """The page. archive: of the folders that the results lie in; stills: from `draw`, where they are there already."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -43,11 +48,7 @@ def render(sections: Sequence[Section], archive: Archive | None = None) -> str:
         samples=shown,
         pictures=pictures.found,
         styles=_slots(sections),
-        pareto={
-            (dark, narrow): _data_uri(plot.draw(sections, dark=dark, narrow=narrow))
-            for dark in (False, True)
-            for narrow in (False, True)
-        },
+        pareto={kind: _data_uri(png) for kind, png in (stills or draw(sections)).items()},
         description=describe(sections),
         leads=[lead(section) for section in sections],
         charts={section.title: [_chart(section, task.name) for task in section.tasks] for section in sections},

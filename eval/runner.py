@@ -114,7 +114,7 @@ def evaluate(
         config = AutoConfig.from_pretrained(folder)
         usual = partial(usual_prompt, config, folder, chosen, documents)
         plans[name] = plan(config, specs, keeps, flops, match, usual)
-        for note in plans[name].notes:
+        for note in plans[name].notes if share.first else ():
             print(f"{name}: {note}", file=sys.stderr)
     for name, folder in folders.items():
         check_specs(name, folder, plans[name].runs)

@@ -109,7 +109,7 @@ def evaluate(
             grid = "x".join(map(str, picture.patches))
             about = f"keep is solved for {text_tokens} text tokens and an image of {grid} patches"
             notes = [f"{about}; the results tell what the documents really cost", *notes]
-        for note in notes:
+        for note in notes if _first_process() else ():
             print(f"{name}: {note}", file=sys.stderr)
         check_specs(name, folder, plans[name].runs)
     ready_folder(Path(out))

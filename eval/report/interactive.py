@@ -51,7 +51,7 @@ def gather(sections: Sequence[Section]) -> Live:
     }
     data = {
         "labels": [_label(label, style) for label, style in plot.styles(sections).items()],
-        "sections": [[_run(row, costs) for row in section.rows] for section in sections],
+        "sections": [[_run(row, section, costs) for row in section.rows] for section in sections],
         "scores": scores,
         "costs": costs,
         "unit": "% or own units" if any(section.plain for section in sections) else "%",
@@ -70,20 +70,20 @@ def _label(label: str, style: plot.Style) -> dict[str, Any]:
     }
 
 
-def _run(row: Row, costs: Mapping[str, str]) -> dict[str, Any]:
+def _run(row: Row, section: Section, costs: Mapping[str, str]) -> dict[str, Any]:
     scores = {MEAN: row.accuracy, **row.tasks}
     return {
         "label": row.label,
         "name": effect.name(row),
         "scores": {name: [100 * end for end in value] for name, value in scores.items()},
         "costs": {name: list(value) if (value := COSTS[name][1](row)) else None for name in costs},
-        "told": told(row),
+        "told": told(row, section),
     }
 
 
-def told(row: Row) -> list[str]:
+def told(row: Row, section: Section) -> list[str]:
     """A run in a few lines, as the point says it."""
-    lines = [f"accuracy {text.interval(row.accuracy)} %"]
+    lines = [f"accuracy {text.interval(row.accuracy)}{'' if section.plain_mean else ' %'}"]
     if row.difference is not None:
         lines.append(f"{text.interval(row.difference, difference=True)} points from unpatched")
     if row.place is not None:

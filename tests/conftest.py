@@ -140,6 +140,9 @@ SAMPLED = {
     "test_tasks_files.py": {"test_an_evaluation_over_files": 2},
     "test_bench.py": {"test_the_reference_on_full_maps_is_the_same_method": 3},
     "test_testbed.py": {"test_shipped_models_see": 2},
+    "test_devices.py": {"test_on_two_devices": 2},
+    "test_patch.py": {"test_images_encoded_once_serve_every_family": 3},
+    "test_prefixes.py": {"test_methods_that_prefill_in_parts": 2},
 }
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import secrets
 import tempfile
 import time
@@ -19,13 +20,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+T = TypeVar("T")
 SCHEMA = 1
 IDENTITY = ("schema", "model_hash", "spec", "limit", "seed", "batch", "device", "dtype", "beams", "tasks")
 BEFORE = {"beams": 1}  # fields of the identity that older files lack, and what they were then
@@ -59,6 +62,14 @@ class TaskResult:
     headline: str
     metrics: dict[str, Metric]
     better: int = 1
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "TaskResult":
+        """From nested dicts; errors as of `made`, KeyError for what is missing."""
+        metrics = {name: made(Metric, metric) for name, metric in data["metrics"].items()}
+        if data["headline"] not in metrics:
+            raise ValueError(f"there is no metric {data['headline']!r}, which a task is told by")
+        return made(cls, data | {"metrics": metrics})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,17 +127,37 @@ class Result:
         if data.get("complete") is not True:
             raise ValueError("it is not marked complete")
         try:
-            tasks = {
-                name: TaskResult(**task | {"metrics": {key: Metric(**m) for key, m in task["metrics"].items()}})
-                for name, task in data["tasks"].items()
-            }
+            tasks = {name: TaskResult.from_json(task) for name, task in data["tasks"].items()}
             kept = data.get("retention")
-            means = {"macro": Metric(**data["macro"]), "retention": None if kept is None else Metric(**kept)}
-            return cls(**data | {"tasks": tasks} | means)
+            means = {"macro": made(Metric, data["macro"]), "retention": None if kept is None else made(Metric, kept)}
+            return made(cls, data | {"tasks": tasks} | means)
         except KeyError as error:
             raise ValueError(f"the field {error} is missing") from None
         except (AttributeError, TypeError) as error:
             raise ValueError(f"its fields do not fit the schema ({error})") from None
+
+
+def made(kind: type[T], fields: dict[str, Any]) -> T:
+    """An object of a dataclass. TypeError for fields that are missing or unknown, ValueError for a wrong type."""
+    one = kind(**fields)
+    for name, wanted in get_type_hints(kind).items():
+        if not _fits(wanted, value := getattr(one, name)):
+            raise ValueError(f"its fields do not fit the schema ({name} is {reprlib.repr(value)})")
+    return one
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of the type of a field; whole numbers do for any number."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if outer is UnionType:
+        return any(_fits(one, value) for one in inner)
+    if outer is dict:
+        return isinstance(value, dict) and all(_fits(inner[1], one) for one in value.values())
+    if outer is list:
+        return isinstance(value, list) and all(_fits(inner[0], one) for one in value)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 def run_name(model: str, spec: str) -> str:
@@ -357,27 +388,26 @@ def sole_writer(folder: Path, model: str, rank: int = 0) -> Iterator[None]:
     else:
         message = f"another process is evaluating {model} into {folder}: wait for it, or choose another --out"
         raise OSError(errno.EWOULDBLOCK, message)
-    with file:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(file)
 
 
-def _taken(path: Path) -> IO[str] | None:
-    """A lock that is ours for as long as this file is open; None where another process has it."""
+def _taken(path: Path) -> int | None:
+    """A descriptor for as long as which is open the lock is ours; None where another process has it."""
     while True:
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115  it is handed on open
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(FileNotFoundError):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
+                return None
+            if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
-        except BlockingIOError:
-            file.close()
-            return None
-        except FileNotFoundError:  # who had it took it away between the two
-            pass
-        file.close()
+        os.close(file)  # its last owner took the file away between the two
 
 
 def ready_folder(path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+DEEP = 10_000  # layers, more than any decoder has: to see how a setting is written before the decoder is known
+
 
 def which(text: str | int, depth: int, name: str = "layers") -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Layers from a setting. -> (all of them, those named one by one), ascending

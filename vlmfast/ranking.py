@@ -30,7 +30,7 @@ from vlmfast.composite import CompositeDoor, checked, contradicts
 from vlmfast.edits import EditsDoor
 from vlmfast.families import Family
 from vlmfast.patching import Patch, install, shallow, unwrap
-from vlmfast.ranges import attending, which
+from vlmfast.ranges import DEEP, attending, which
 
 FORMAT = "vlmfast layer ranking 1"
 HOW = "make one with vlmfast.rank_layers(model, inputs).save(FILE), or vlmfast rank-layers"
@@ -173,7 +173,7 @@ def rank_layers(
     in.
     """
     checked(visual_update)
-    which(layers, 10**6)
+    which(layers, DEEP)
     target = unwrap(model)
     if target.training:
         raise ValueError("rank_layers measures a model as it answers: call model.eval() first")

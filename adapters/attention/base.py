@@ -18,7 +18,7 @@ from vlmfast.decoders import Attention, Sizes
 from vlmfast.edits import Call, EditsDoor, attending_layers
 from vlmfast.layers.tokens import Placed
 from vlmfast.patching import Patch
-from vlmfast.ranges import which
+from vlmfast.ranges import DEEP, which
 from vlmfast.towers import Picture
 
 
@@ -60,7 +60,7 @@ class AttentionEdit(Adapter):
     layers: str | int = "all"
 
     def __post_init__(self) -> None:
-        which(self.layers, 10**6)  # how it is written; what it means depends on the decoder
+        which(self.layers, DEEP)  # how it is written; what it means depends on the decoder
         parity = getattr(self, "parity", "repaired")
         if parity not in ("repaired", "official"):
             raise ValueError(f"parity={parity!r}: choose 'repaired' or 'official'")

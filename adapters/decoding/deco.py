@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.decoding.base import StepDecoding, number
-from vlmfast.ranges import scaled, which
+from vlmfast.ranges import DEEP, scaled, which
 from vlmfast.steps import Step
 
 FIRST, LAST = 20, 28  # of 32 layers
@@ -74,7 +74,7 @@ class DeCo(StepDecoding):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers != "late":
-            which(self.layers, 10**6)
+            which(self.layers, DEEP)
         if not number(self.alpha, 0, 1e3):
             raise ValueError(f"alpha={self.alpha!r}: a number from 0 on, the weight of the early layer")
         if not number(self.top_p, 0, 1):

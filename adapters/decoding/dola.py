@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vlmfast.adapters.decoding.base import StepDecoding, number
-from vlmfast.ranges import which
+from vlmfast.ranges import DEEP, which
 
 DEEPEST = 20  # layers of a bucket
 NEVER = torch.finfo(torch.float32).tiny  # as good as no probability
@@ -78,7 +78,7 @@ class DoLa(StepDecoding):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers not in ("low", "high", "none"):
-            which(self.layers, 10**6)
+            which(self.layers, DEEP)
         if not number(self.relative_top, 0, 1):
             raise ValueError(f"relative_top={self.relative_top!r}: a share from 0 to 1 of the likeliest token's")
 

@@ -32,7 +32,7 @@ from vlmfast.adapters.decoding.base import Decoding, number
 from vlmfast.decoders import Sizes
 from vlmfast.directions import DirectionsDoor
 from vlmfast.patching import Patch
-from vlmfast.ranges import scaled, which
+from vlmfast.ranges import DEEP, scaled, which
 from vlmfast.steps import Step, StepsDoor
 from vlmfast.towers import Picture
 
@@ -74,9 +74,9 @@ class VISTA(Decoding):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        which(self.layers, 10**6)
+        which(self.layers, DEEP)
         if self.logits_layers != "late":
-            which(self.logits_layers, 10**6, "logits_layers")
+            which(self.logits_layers, DEEP, "logits_layers")
         if not number(self.lam, 0, 1e3):
             raise ValueError(f"lam={self.lam!r}: a number from 0 on, the strength of the steering")
         if not number(self.gamma, 0, 1):

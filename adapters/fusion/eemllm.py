@@ -34,7 +34,7 @@ from vlmfast.decoders import Attention, Decoder, Parts
 from vlmfast.edits import EditsDoor
 from vlmfast.families import Family
 from vlmfast.patching import Patch
-from vlmfast.ranges import attending, which
+from vlmfast.ranges import DEEP, attending, which
 from vlmfast.ranking import Ranking
 
 NO_LAYERS = "none"
@@ -68,7 +68,7 @@ class EEMLLM(Adapter):
             if self.top is not None:
                 raise ValueError(f"top={self.top!r} takes the best of a ranking: layers=FILE.json (see rank_layers)")
             if not self.neutral:
-                which(self.layers, 10**6)  # how it is written; what it means depends on the decoder
+                which(self.layers, DEEP)  # how it is written; what it means depends on the decoder
             return
         if self.top is None:
             total = len(ranking.order)
